@@ -1,0 +1,477 @@
+"""LLaMA: a decoder-only transformer with its blocks stacked along a leading layer axis."""
+
+import dataclasses
+import math
+from typing import Any, Literal
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jax.typing import DTypeLike
+
+from galore_jax.errors import UserError
+from galore_jax.models.losses import cross_entropy
+
+Params = dict[str, Any]  # Nested dicts of arrays.
+AttentionImplementation = Literal["xla", "cudnn"]
+
+
+@dataclasses.dataclass(frozen=True)
+class LlamaConfig:
+    """The sizes and numerics of a :class:`Llama`.
+
+    Sizes are those of the LLaMA paper (Touvron et al. 2023, arXiv:2302.13971) and of the
+    Hugging Face configuration of the same name.
+
+    Attributes:
+      hidden_size: D, the width of the residual stream.
+      intermediate_size: the width inside the gated MLP.
+      num_layers: L, the number of blocks.
+      num_heads: the number of query heads.
+      num_kv_heads: the number of key and value heads, a divisor of ``num_heads``
+        (grouped-query attention, arXiv:2305.13245); None for ``num_heads``.
+      head_dim: the width of one head, even; None for ``hidden_size / num_heads``.
+      vocab_size: V.
+      rms_norm_eps: added to the mean square inside RMSNorm.
+      rope_theta: the base of the rotary frequencies.
+      tie_embeddings: use the embedding's transpose as the head.
+      init_std: standard deviation of the initial embedding, kernels and head.
+      dtype: dtype of activations and matrix products. Norm, softmax and rotary arithmetic,
+        logits and loss are float32 whatever it is.
+      param_dtype: dtype of the parameters.
+      attention_implementation: passed to :func:`jax.nn.dot_product_attention`: ``"xla"``,
+        ``"cudnn"`` (NVIDIA GPU, 16-bit ``dtype``), or None to let JAX choose.
+      remat: keep only each block's input and recompute the block in the backward pass; else
+        the outputs of its linears are kept, and only what lies between them recomputed.
+      loss_chunk_tokens: rows of logits that exist at a time in the loss.
+
+    Raises:
+      UserError: for sizes that do not fit together, or an unknown dtype or attention.
+
+    Example:
+      >>> config = LlamaConfig(hidden_size=64, intermediate_size=172, num_layers=2, num_heads=4)
+      >>> config.head_size, config.kv_heads
+      (16, 4)
+    """
+
+    hidden_size: int
+    intermediate_size: int
+    num_layers: int
+    num_heads: int
+    num_kv_heads: int | None = None
+    head_dim: int | None = None
+    vocab_size: int = 32000
+    rms_norm_eps: float = 1e-6
+    rope_theta: float = 1e4
+    tie_embeddings: bool = False
+    init_std: float = 0.02
+    dtype: DTypeLike = jnp.float32
+    param_dtype: DTypeLike = jnp.float32
+    attention_implementation: AttentionImplementation | None = None
+    remat: bool = False
+    loss_chunk_tokens: int = 1024
+
+    def __post_init__(self):
+        for name in ("dtype", "param_dtype"):
+            object.__setattr__(self, name, _floating_dtype(name, getattr(self, name)))
+        sizes = ("hidden_size", "intermediate_size", "num_layers", "num_heads", "vocab_size")
+        optional = ("num_kv_heads", "head_dim")
+        for name in (*sizes, *optional, "loss_chunk_tokens"):
+            size = getattr(self, name)
+            if size is None and name in optional:
+                continue
+            if isinstance(size, bool) or not isinstance(size, int) or size < 1:
+                raise UserError(f"{name} is {size!r}; it must be a positive integer")
+        for name in ("rms_norm_eps", "rope_theta", "init_std"):
+            if not getattr(self, name) > 0:
+                raise UserError(f"{name} is {getattr(self, name)!r}; it must be positive")
+        if self.head_dim is None and self.hidden_size % self.num_heads:
+            raise UserError(
+                f"hidden_size {self.hidden_size} is not a multiple of num_heads {self.num_heads};"
+                " change either, or give head_dim"
+            )
+        if self.num_heads % self.kv_heads:
+            raise UserError(
+                f"num_heads {self.num_heads} is not a multiple of num_kv_heads {self.kv_heads};"
+                " each key-value head must serve equally many query heads"
+            )
+        if self.head_size % 2:
+            raise UserError(
+                f"the head size is {self.head_size}; rotary embeddings turn pairs, so make it even"
+            )
+        if self.attention_implementation not in (None, "xla", "cudnn"):
+            raise UserError(
+                f"attention_implementation is {self.attention_implementation!r};"
+                " it must be None, 'xla' or 'cudnn'"
+            )
+        if self.attention_implementation == "cudnn" and jnp.dtype(self.dtype).itemsize != 2:
+            raise UserError(
+                f"cudnn attention has no {self.dtype} kernels; set dtype to bfloat16,"
+                " or attention_implementation to 'xla'"
+            )
+
+    @property
+    def kv_heads(self) -> int:
+        """The number of key and value heads: ``num_kv_heads``, or else ``num_heads``."""
+        return self.num_heads if self.num_kv_heads is None else self.num_kv_heads
+
+    @property
+    def head_size(self) -> int:
+        """The width of one head: ``head_dim``, or else ``hidden_size / num_heads``."""
+        return self.hidden_size // self.num_heads if self.head_dim is None else self.head_dim
+
+
+def _floating_dtype(name: str, dtype: Any) -> jnp.dtype:
+    try:
+        resolved = jnp.dtype(dtype)
+    except TypeError:
+        resolved = None
+    if resolved is None or not jnp.issubdtype(resolved, jnp.floating):
+        raise UserError(f"{name} is {dtype!r}; it must be a floating dtype such as 'bfloat16'")
+    return resolved
+
+
+def linear(x: jax.Array, kernel: Any, out_dtype: DTypeLike | None = None) -> jax.Array:
+    """``x @ kernel``: every matrix product of the model with a parameter is this one.
+
+    Args:
+      x: ``(..., in)``; its dtype is the dtype of the product's operands.
+      kernel: ``(in, out)``, of any floating dtype.
+      out_dtype: dtype to accumulate in and return; None for that of ``x``.
+
+    Returns:
+      ``(..., out)``.
+
+    Example:
+      >>> linear(jnp.ones((2, 3), jnp.bfloat16), jnp.ones((3, 4))).dtype
+      dtype(bfloat16)
+    """
+    # One matrix, not a batch of them: on CPU the weight gradient is a third faster so.
+    flat = x.reshape(-1, x.shape[-1])
+    y = jnp.dot(flat, kernel.astype(x.dtype), preferred_element_type=out_dtype)
+    return y.reshape(*x.shape[:-1], -1)
+
+
+def rotary(x: jax.Array, positions: jax.Array, theta: float) -> jax.Array:
+    r"""Rotary position embedding (Su et al. 2021, arXiv:2104.09864), in float32.
+
+    Turns the pair :math:`(x_i, x_{i + H/2})` by the angle :math:`p\,\theta^{-2i/H}`: the pairs
+    are halves apart, as in Hugging Face checkpoints, not neighbours.
+
+    Args:
+      x: ``(B, S, heads, H)``, H even.
+      positions: ``(S,)`` or ``(B, S)``, int32.
+      theta: the base of the frequencies.
+
+    Returns:
+      ``(B, S, heads, H)`` in the dtype of ``x``.
+    """
+    half = x.shape[-1] // 2
+    frequencies = theta ** (-jnp.arange(half, dtype=jnp.float32) / half)
+    angles = positions[..., None, None].astype(jnp.float32) * frequencies
+    cos, sin = jnp.cos(angles), jnp.sin(angles)
+    first, second = x[..., :half].astype(jnp.float32), x[..., half:].astype(jnp.float32)
+    turned = jnp.concatenate([first * cos - second * sin, second * cos + first * sin], axis=-1)
+    return turned.astype(x.dtype)
+
+
+def causal_attention(
+    query: jax.Array,
+    key: jax.Array,
+    value: jax.Array,
+    implementation: AttentionImplementation | None = None,
+) -> jax.Array:
+    """Causal scaled dot-product attention, its softmax in float32.
+
+    Args:
+      query: ``(B, S, N, H)``.
+      key: ``(B, S, K, H)``; N is a multiple of K, and query head n reads head ``n // (N / K)``.
+      value: ``(B, S, K, H)``.
+      implementation: for :func:`jax.nn.dot_product_attention`. None does the same in the
+        plain batched matrix products that XLA runs best on a CPU if the inputs are float32,
+        and else leaves the choice to JAX.
+
+    Returns:
+      ``(B, S, N, H)``, in the dtype of ``query``.
+    """
+    if implementation is not None or query.dtype != jnp.float32:
+        return jax.nn.dot_product_attention(
+            query, key, value, is_causal=True, implementation=implementation
+        )
+    batch, length, heads, size = query.shape
+    groups = key.shape[2]
+    # (B, K, N/K * S, H): the query heads of a group are more rows against the same keys.
+    query = query.swapaxes(1, 2).reshape(batch, groups, -1, size) * size**-0.5
+    key, value = key.swapaxes(1, 2), value.swapaxes(1, 2)
+    scores = (query @ key.swapaxes(2, 3)).reshape(batch, heads, length, length)
+    causal = jnp.tril(jnp.ones((length, length), bool))
+    weights = jax.nn.softmax(jnp.where(causal, scores, -jnp.inf), axis=-1)
+    read = weights.reshape(batch, groups, -1, length) @ value
+    return read.reshape(batch, heads, length, size).swapaxes(1, 2)
+
+
+def _normal(config: LlamaConfig, rngs: nnx.Rngs, shape: tuple[int, ...]) -> nnx.Param:
+    # Drawn in float32: JAX's bfloat16 normals have few distinct values and no tails.
+    sample = config.init_std * jax.random.normal(rngs.params(), shape, jnp.float32)
+    return nnx.Param(sample.astype(config.param_dtype))
+
+
+def _value(variable: nnx.Variable) -> Any:
+    # Flax 0.12 deprecates `.value`; 0.11 has nothing else that also gives a pytree.
+    return variable.get_value() if hasattr(nnx.Variable, "get_value") else variable.value
+
+
+class Embedding(nnx.Module):
+    """A table of ``vocab_size`` rows; ids outside it give NaN rather than a wrong row."""
+
+    def __init__(self, config: LlamaConfig, *, rngs: nnx.Rngs):
+        self.embedding = _normal(config, rngs, (config.vocab_size, config.hidden_size))
+        self.dtype = config.dtype
+
+    def __call__(self, tokens: jax.Array) -> jax.Array:
+        """Rows (..., D) in the compute dtype for ids (...)."""
+        # Through float32, so that the backward scatter-add of a frequent token's many small
+        # gradients is not lost in a narrow param_dtype.
+        table = _value(self.embedding).astype(jnp.float32)
+        return jnp.take(table, tokens, axis=0, mode="fill").astype(self.dtype)
+
+
+class Linear(nnx.Module):
+    """A kernel of shape ``(in, out)`` and no bias."""
+
+    def __init__(self, config: LlamaConfig, in_size: int, out_size: int, *, rngs: nnx.Rngs):
+        self.kernel = _normal(config, rngs, (in_size, out_size))
+
+    def __call__(self, x: jax.Array) -> jax.Array:
+        """(..., in) to (..., out)."""
+        return linear(x, _value(self.kernel))
+
+
+class RMSNorm(nnx.Module):
+    r""":math:`s\, x / \sqrt{\operatorname{mean}(x^2) + \epsilon}`, computed in float32.
+
+    Root-mean-square norm (Zhang and Sennrich 2019, arXiv:1910.07467).
+    """
+
+    def __init__(self, config: LlamaConfig):
+        self.scale = nnx.Param(jnp.ones((config.hidden_size,), config.param_dtype))
+        self.eps = config.rms_norm_eps
+
+    def __call__(self, x: jax.Array) -> jax.Array:
+        """(..., D) to (..., D) in the dtype of ``x``."""
+        wide = x.astype(jnp.float32)
+        inverse = jax.lax.rsqrt(jnp.mean(jnp.square(wide), axis=-1, keepdims=True) + self.eps)
+        return (wide * inverse * _value(self.scale).astype(jnp.float32)).astype(x.dtype)
+
+
+class Attention(nnx.Module):
+    """Causal self-attention with rotary positions and grouped key and value heads."""
+
+    def __init__(self, config: LlamaConfig, *, rngs: nnx.Rngs):
+        width, head_size = config.hidden_size, config.head_size
+        self.q_proj = Linear(config, width, config.num_heads * head_size, rngs=rngs)
+        self.k_proj = Linear(config, width, config.kv_heads * head_size, rngs=rngs)
+        self.v_proj = Linear(config, width, config.kv_heads * head_size, rngs=rngs)
+        self.o_proj = Linear(config, config.num_heads * head_size, width, rngs=rngs)
+        self.config = config
+
+    def __call__(self, x: jax.Array, positions: jax.Array) -> jax.Array:
+        """(B, S, D) to (B, S, D); ``positions`` is (S,) or (B, S)."""
+        config = self.config
+        batch, length, _ = x.shape
+        query = self.q_proj(x).reshape(batch, length, config.num_heads, config.head_size)
+        key = self.k_proj(x).reshape(batch, length, config.kv_heads, config.head_size)
+        value = self.v_proj(x).reshape(batch, length, config.kv_heads, config.head_size)
+        query = rotary(query, positions, config.rope_theta)
+        key = rotary(key, positions, config.rope_theta)
+        heads = causal_attention(query, key, value, config.attention_implementation)
+        return self.o_proj(heads.reshape(batch, length, -1))
+
+
+class MLP(nnx.Module):
+    """SwiGLU: ``down(silu(gate(x)) * up(x))`` (Shazeer 2020, arXiv:2002.05202)."""
+
+    def __init__(self, config: LlamaConfig, *, rngs: nnx.Rngs):
+        width, inner = config.hidden_size, config.intermediate_size
+        self.gate_proj = Linear(config, width, inner, rngs=rngs)
+        self.up_proj = Linear(config, width, inner, rngs=rngs)
+        self.down_proj = Linear(config, inner, width, rngs=rngs)
+
+    def __call__(self, x: jax.Array) -> jax.Array:
+        """(..., D) to (..., D)."""
+        return self.down_proj(jax.nn.silu(self.gate_proj(x)) * self.up_proj(x))
+
+
+class Block(nnx.Module):
+    """One pre-norm transformer block."""
+
+    def __init__(self, config: LlamaConfig, *, rngs: nnx.Rngs):
+        # Not attn_norm and mlp_norm: the patterns "attn" and "mlp" must select kernels alone.
+        self.input_norm = RMSNorm(config)
+        self.attn = Attention(config, rngs=rngs)
+        self.post_attention_norm = RMSNorm(config)
+        self.mlp = MLP(config, rngs=rngs)
+
+    def __call__(self, x: jax.Array, positions: jax.Array) -> jax.Array:
+        """(B, S, D) to (B, S, D); ``positions`` is (S,) or (B, S)."""
+        x = x + self.attn(self.input_norm(x), positions)
+        return x + self.mlp(self.post_attention_norm(x))
+
+
+class Llama(nnx.Module):
+    """A LLaMA language model (Touvron et al. 2023, arXiv:2302.13971).
+
+    Parameters, by path: ``embed/embedding`` (V, D); under ``blocks``, each with a leading
+    axis of L layers, ``input_norm/scale``, ``attn/{q,k,v,o}_proj/kernel`` (L, in, out),
+    ``post_attention_norm/scale``, ``mlp/{gate,up,down}_proj/kernel``; ``final_norm/scale``;
+    and ``lm_head/kernel`` (D, V) unless ``tie_embeddings``.
+
+    The methods split where a trainer may want to: :meth:`embed`, a block (from
+    :func:`block_graphdef`), :meth:`final_norm`, :meth:`nll`; :meth:`loss` is their composition.
+
+    Example:
+      >>> config = LlamaConfig(
+      ...     hidden_size=16, intermediate_size=24, num_layers=2, num_heads=2, vocab_size=32
+      ... )
+      >>> model = Llama(config, rngs=nnx.Rngs(0))
+      >>> model.logits(jnp.zeros((1, 8), jnp.int32)).shape
+      (1, 8, 32)
+    """
+
+    def __init__(self, config: LlamaConfig, *, rngs: nnx.Rngs):
+        self.config = config
+        self.embed = Embedding(config, rngs=rngs)
+        keys = jax.random.split(rngs.params(), config.num_layers)
+        # A loop, not jax.vmap: random bits for one layer at a time (3.7 GiB, not 53, for 7B).
+        graphdef, stack = jax.lax.map(
+            lambda key: nnx.split(Block(config, rngs=nnx.Rngs(key))), keys
+        )
+        self.blocks = nnx.merge(graphdef, stack)
+        self.final_norm = RMSNorm(config)
+        if not config.tie_embeddings:
+            self.lm_head = Linear(config, config.hidden_size, config.vocab_size, rngs=rngs)
+
+    @property
+    def head(self) -> Any:
+        """The head's kernel, (D, V)."""
+        if self.config.tie_embeddings:
+            return _value(self.embed.embedding).T
+        return _value(self.lm_head.kernel)
+
+    def hidden_states(self, tokens: jax.Array, positions: jax.Array | None = None) -> jax.Array:
+        """The last block's output, normalised.
+
+        Args:
+          tokens: ``(B, S)``, int32.
+          positions: ``(S,)`` or ``(B, S)``, int32; None for 0 to S - 1.
+
+        Returns:
+          ``(B, S, D)`` in the compute dtype.
+        """
+        if positions is None:
+            positions = jnp.arange(tokens.shape[1], dtype=jnp.int32)
+        graphdef, stack = nnx.split(self.blocks)
+
+        def apply_block(x, layer):
+            return nnx.merge(graphdef, layer)(x, positions), None
+
+        # Writing every activation to the scan's stack costs more than computing norms, rotary
+        # and softmax twice: keeping the linears' outputs alone is 1.1x as fast on a CPU.
+        keep_linears = jax.checkpoint_policies.dots_with_no_batch_dims_saveable
+        policy = None if self.config.remat else keep_linears
+        apply_block = jax.checkpoint(apply_block, prevent_cse=False, policy=policy)
+        x, _ = jax.lax.scan(apply_block, self.embed(tokens), stack)
+        return self.final_norm(x)
+
+    def logits(self, tokens: jax.Array) -> jax.Array:
+        """Logits ``(B, S, V)``, float32, of the token after each of ``tokens`` (B, S)."""
+        return linear(self.hidden_states(tokens), self.head, out_dtype=jnp.float32)
+
+    def nll(self, hidden: jax.Array, targets: jax.Array) -> tuple[jax.Array, jax.Array]:
+        """The head's part of :meth:`loss`: ``hidden`` is the (B, S, D) of :meth:`hidden_states`."""
+        chunk_tokens = self.config.loss_chunk_tokens
+        return cross_entropy(linear, hidden, self.head, targets, chunk_tokens=chunk_tokens)
+
+    def loss(self, tokens: jax.Array, targets: jax.Array) -> tuple[jax.Array, jax.Array]:
+        """Summed negative log-likelihood of ``targets``; see :func:`cross_entropy`.
+
+        Args:
+          tokens: ``(B, S)``, int32.
+          targets: ``(B, S)``, int32, already shifted: ``targets[b, t]`` is the token that
+            position t must predict. Negative targets are ignored.
+
+        Returns:
+          The sum over the targets not ignored, float32, in nats; and their number, int32.
+        """
+        return self.nll(self.hidden_states(tokens), targets)
+
+
+def init_params(config: LlamaConfig, key: jax.Array) -> tuple[nnx.GraphDef, Params]:
+    """Draws the parameters of a :class:`Llama`.
+
+    Pure, so it can be jitted, and evaluated by :func:`jax.eval_shape` without memory.
+
+    Args:
+      config: the model.
+      key: a PRNG key.
+
+    Returns:
+      The static graph definition, and the parameters as nested dicts of arrays.
+
+    Example:
+      >>> import functools
+      >>> from galore_jax.models.presets import PRESETS
+      >>> init = functools.partial(init_params, PRESETS["llama_7b"])
+      >>> _, params = jax.eval_shape(init, jax.random.key(0))
+      >>> params["blocks"]["attn"]["q_proj"]["kernel"].shape
+      (32, 4096, 4096)
+    """
+    graphdef, state = nnx.split(Llama(config, rngs=nnx.Rngs(key)))
+    return graphdef, nnx.to_pure_dict(state)
+
+
+def apply(graphdef: nnx.GraphDef, params: Params) -> Llama:
+    """The model with these parameters; free inside ``jax.jit`` and ``jax.grad``.
+
+    Example:
+      >>> config = LlamaConfig(
+      ...     hidden_size=16, intermediate_size=24, num_layers=2, num_heads=2, vocab_size=32
+      ... )
+      >>> graphdef, params = init_params(config, jax.random.key(0))
+      >>> tokens = jnp.zeros((1, 8), jnp.int32)
+      >>> nll, count = jax.jit(lambda p: apply(graphdef, p).loss(tokens, tokens))(params)
+      >>> nll.dtype, int(count)
+      (dtype('float32'), 8)
+    """
+    return nnx.merge(graphdef, params)
+
+
+def block_graphdef(config: LlamaConfig) -> nnx.GraphDef:
+    """The graph definition of one block, for running a block alone.
+
+    Example:
+      >>> config = LlamaConfig(
+      ...     hidden_size=16, intermediate_size=24, num_layers=2, num_heads=2, vocab_size=32
+      ... )
+      >>> _, params = init_params(config, jax.random.key(0))
+      >>> layer = jax.tree.map(lambda leaf: leaf[0], params["blocks"])
+      >>> block = nnx.merge(block_graphdef(config), layer)
+      >>> block(jnp.ones((1, 8, 16)), jnp.arange(8)).shape
+      (1, 8, 16)
+    """
+
+    def init(key):
+        return nnx.split(Block(config, rngs=nnx.Rngs(key)))
+
+    graphdef, _ = jax.eval_shape(init, jax.random.key(0))
+    return graphdef
+
+
+def count_params(params: Params) -> int:
+    """The number of parameters; the leaves may be arrays or shapes.
+
+    Example:
+      >>> count_params({"kernel": jnp.zeros((3, 4)), "scale": jax.ShapeDtypeStruct((4,), float)})
+      16
+    """
+    return sum(math.prod(leaf.shape) for leaf in jax.tree.leaves(params))

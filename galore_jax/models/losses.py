@@ -1,0 +1,112 @@
+"""Cross-entropy of a language model's head, without the logits of the whole batch."""
+
+import functools
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+Head = Any  # The head's kernel, (D, V): an array, or a pytree node that stands in for one.
+Linear = Callable[..., jax.Array]
+
+
+def cross_entropy(
+    linear: Linear, hidden: jax.Array, head: Head, targets: jax.Array, *, chunk_tokens: int
+) -> tuple[jax.Array, jax.Array]:
+    r"""Sum of the negative log-likelihood of ``targets``, a chunk of tokens at a time.
+
+    With logits :math:`z_t = h_t W` of position t and target :math:`y_t`,
+
+    .. math:: \sum_{t: y_t \ge 0} \Big( \log \sum_v e^{z_{tv}} - z_{t y_t} \Big),
+        \qquad \frac{\partial}{\partial z_{tv}} = \operatorname{softmax}(z_t)_v - [v = y_t].
+
+    The gradient of a sum of softmax cross-entropies is known as soon as the logits are, so
+    under differentiation the forward pass also computes it, chunk by chunk. Three matrix
+    products with the head per token are then enough; recomputing the logits in the backward
+    pass would take four. Only ``chunk_tokens`` rows of logits exist at a time, in either pass. The
+    gradient of the head is accumulated over the chunks in float32, whatever its own dtype.
+
+    Args:
+      linear: ``linear(x, kernel, out_dtype=None)``, as :func:`galore_jax.models.llama.linear`.
+      hidden: ``(..., D)``, floating: the positions' last hidden states.
+      head: the kernel ``(D, V)``; every array in it must be floating.
+      targets: ``(...)``, int32: the token each position must predict; negative to ignore.
+      chunk_tokens: rows of logits to compute at a time. The number of positions need not be
+        a multiple of it.
+
+    Returns:
+      The sum, a float32 scalar in nats, and the number of targets not ignored, int32.
+
+    Example:
+      >>> import jax.numpy as jnp
+      >>> from galore_jax.models.llama import linear
+      >>> hidden, head = jnp.zeros((3, 4)), jnp.ones((4, 10))  # All ten tokens equally likely.
+      >>> nll, count = cross_entropy(linear, hidden, head, jnp.array([7, 2, -1]), chunk_tokens=2)
+      >>> print(f"{nll / count:.4f} = log(10), over {count} tokens")
+      2.3026 = log(10), over 2 tokens
+    """
+    tokens = targets.size
+    chunk_tokens = min(chunk_tokens, max(tokens, 1))
+    num_chunks = -(-tokens // chunk_tokens)
+    padding = num_chunks * chunk_tokens - tokens
+    hidden = jnp.pad(hidden.reshape(tokens, -1), ((0, padding), (0, 0)))
+    labels = jnp.pad(targets.reshape(tokens), (0, padding), constant_values=-1)
+    nll: Any = _chunked_nll(
+        linear,
+        hidden.reshape(num_chunks, chunk_tokens, -1),
+        head,
+        labels.reshape(num_chunks, chunk_tokens),
+    )
+    return nll, jnp.sum(targets >= 0, dtype=jnp.int32)
+
+
+def _nll(logits: jax.Array, labels: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
+    """The summed loss of ``(C, V)`` float32 logits, their log-partition, and the one-hot labels."""
+    log_z = jax.nn.logsumexp(logits, axis=-1)
+    # A comparison fuses into the reduction; gathering would make a scatter of the backward pass.
+    hit = labels[:, None] == jax.lax.broadcasted_iota(labels.dtype, logits.shape, 1)
+    target_logit = jnp.sum(jnp.where(hit, logits, 0.0), axis=-1)
+    return jnp.sum(jnp.where(labels >= 0, log_z - target_logit, 0.0)), log_z, hit
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
+def _chunked_nll(linear: Linear, hidden: jax.Array, head: Head, labels: jax.Array) -> jax.Array:
+    """The loss of ``hidden`` (n, C, D) against ``labels`` (n, C), summed."""
+
+    def add_chunk(total, chunk):
+        x, y = chunk
+        nll, _, _ = _nll(linear(x, head, out_dtype=jnp.float32), y)
+        return total + nll, None
+
+    return jax.lax.scan(add_chunk, jnp.float32(0.0), (hidden, labels))[0]
+
+
+def _chunked_nll_fwd(linear, hidden, head, labels):
+    def add_chunk(carry, chunk):
+        total, head_grad = carry
+        x, y = chunk
+        logits = linear(x, head, out_dtype=jnp.float32)
+        nll, log_z, hit = _nll(logits, y)
+        logits_grad = jnp.exp(logits - log_z[:, None]) - hit
+        logits_grad = jnp.where(y[:, None] >= 0, logits_grad, 0.0)
+        _, pull_back = jax.vjp(linear, x, head)
+        x_grad, chunk_head_grad = pull_back(logits_grad.astype(x.dtype))
+        head_grad = jax.tree.map(lambda total, g: total + g, head_grad, chunk_head_grad)
+        return (total + nll, head_grad), x_grad
+
+    zeros = jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, jnp.float32), head)
+    (total, head_grad), hidden_grad = jax.lax.scan(
+        add_chunk, (jnp.float32(0.0), zeros), (hidden, labels)
+    )
+    head_grad = jax.tree.map(lambda g, leaf: g.astype(leaf.dtype), head_grad, head)
+    return total, (hidden_grad, head_grad)
+
+
+def _chunked_nll_bwd(linear, gradients, cotangent):
+    del linear
+    hidden_grad, head_grad = jax.tree.map(lambda g: (cotangent * g).astype(g.dtype), gradients)
+    return hidden_grad, head_grad, None
+
+
+_chunked_nll.defvjp(_chunked_nll_fwd, _chunked_nll_bwd)
