@@ -1,6 +1,6 @@
 """The model sizes of the GaLore reference implementation."""
 
-from galore_jax.models.llama import LlamaConfig
+from galore_jax.models.config import LlamaConfig
 
 
 def _preset(hidden: int, intermediate: int, layers: int, heads: int, vocab: int = 32000):

@@ -11,9 +11,9 @@ import pytest
 from flax import nnx
 
 from galore_jax.errors import UserError
+from galore_jax.models.config import LlamaConfig
 from galore_jax.models.llama import (
     Llama,
-    LlamaConfig,
     RMSNorm,
     apply,
     block_graphdef,
@@ -363,12 +363,13 @@ def test_bfloat16_compute_is_close_and_its_outputs_are_float32():
 
 
 def test_norm_statistics_are_float32():
-    # 256 + 1 is 256 in bfloat16: a mean square accumulated there stalls far below 1.
-    config = dataclasses.replace(TINY, hidden_size=4096, dtype="bfloat16")
-    norm = RMSNorm(config)
-    np.testing.assert_array_equal(norm(jnp.ones((1, 4096), jnp.bfloat16)), 1.0)
-    jaxpr = str(jax.make_jaxpr(norm)(jnp.ones((1, 4096), jnp.bfloat16)))
-    assert re.search(r":f32\[1\] = reduce_sum", jaxpr), jaxpr
+    # One rounding, of the result, is all that bfloat16 activations may cost.
+    norm = RMSNorm(dataclasses.replace(TINY, dtype="bfloat16"))
+    x = jnp.asarray(np.random.default_rng(0).standard_normal((64, 32)), jnp.bfloat16)
+    exact = np.asarray(x, np.float64)
+    exact /= np.sqrt(np.mean(exact**2, axis=-1, keepdims=True) + TINY.rms_norm_eps)
+    assert norm(x).dtype == jnp.bfloat16
+    np.testing.assert_allclose(norm(x).astype(jnp.float32), exact, rtol=1.01 * 2.0**-8)
 
 
 def test_rotary_angles_are_float32():
