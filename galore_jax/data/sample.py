@@ -1,0 +1,205 @@
+"""The offline sample: real English that an ordinary pip install brings.
+
+botocore (Apache-2.0) carries the documentation of several hundred web services. Its prose is
+written once, as a TFDS ``c4/en`` data set under a cache folder, and is read by the code that reads
+C4.
+"""
+
+import gzip
+import hashlib
+import html
+import importlib.metadata
+import importlib.util
+import json
+import os
+import re
+import shutil
+import tempfile
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import tensorflow_datasets as tfds
+from array_record.python.array_record_module import ArrayRecordWriter
+
+from galore_jax.data.tokenizer import train_tokenizer
+from galore_jax.errors import UserError
+
+VERSION = "3.1.0"  # of TFDS's c4, whose layout this takes
+VOCAB_SIZE = 8192
+_FORMAT = 1  # to be raised when the corpus or its tokenizer changes
+_KEYS = ("content-length", "content-type", "text", "timestamp", "url")
+_DOCUMENT_CHARACTERS = 2_400
+_SHORTEST_PARAGRAPH = 40
+_TOKENIZER_TEXTS = 2_000  # one document in five: more changes the pieces little
+
+
+def prepare_sample() -> tuple[Path, Path]:
+    """The sample's data_dir and tokenizer, built if this is the first time.
+
+    The cache is ``$GALORE_JAX_CACHE``, or ``~/.cache/galore_jax``. A build that is killed leaves
+    nothing that counts as built; of two at once, one is kept.
+
+    Returns:
+      The folder that holds ``c4/en/3.1.0``, and the SentencePiece model's path.
+
+    Raises:
+      UserError: botocore is not installed, or the cache cannot be written.
+    """
+    if importlib.util.find_spec("botocore") is None:
+        raise UserError(
+            "the sample is made from the package botocore, which is not installed: "
+            "pip install 'galore-jax[sample]'"
+        )
+    version = importlib.metadata.version("botocore")
+    cache = Path(os.environ.get("GALORE_JAX_CACHE", "~/.cache/galore_jax")).expanduser()
+    folder = cache / f"sample-{_FORMAT}-botocore-{version}"
+    if not folder.exists():
+        print(f"building the sample corpus in {folder} (once, about 30 s)", flush=True)
+        begun = time.monotonic()
+        try:
+            documents = _build(folder)
+        except OSError as error:
+            raise UserError(
+                f"cannot write the sample corpus to {cache}: {error.strerror}; "
+                "set GALORE_JAX_CACHE to another folder"
+            ) from error
+        print(f"{documents} documents in {time.monotonic() - begun:.0f} s", flush=True)
+    return folder, folder / "tokenizer.model"
+
+
+def _build(folder: Path) -> int:
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    partial = Path(tempfile.mkdtemp(prefix=folder.name + ".partial-", dir=folder.parent))
+    try:
+        documents = _documents(_botocore_data())
+        _write_tfds(partial / "c4" / "en" / VERSION, documents)
+        every = max(1, len(documents["train"]) // _TOKENIZER_TEXTS)
+        texts = iter(documents["train"][::every])
+        train_tokenizer(texts, partial / "tokenizer.model", vocab_size=VOCAB_SIZE)
+        try:
+            partial.rename(folder)
+        except OSError:
+            if not folder.exists():  # else another process was first
+                raise
+    finally:
+        shutil.rmtree(partial, ignore_errors=True)
+    return sum(len(texts) for texts in documents.values())
+
+
+def _botocore_data() -> Path:
+    spec = importlib.util.find_spec("botocore")
+    assert spec is not None
+    assert spec.origin is not None
+    return Path(spec.origin).parent / "data"
+
+
+def _documents(root: Path) -> dict[str, list[str]]:
+    """Documents of each split; a paragraph is in one of them once, and a service in one split."""
+    seen: set[str] = set()
+    documents: dict[str, list[str]] = {"train": [], "validation": []}
+    for service in sorted(path for path in root.iterdir() if path.is_dir()):
+        split = "validation" if _is_held_out(service.name) else "train"
+        paragraphs = []
+        for paragraph in _paragraphs(service):
+            if paragraph not in seen:
+                seen.add(paragraph)
+                paragraphs.append(paragraph)
+        documents[split].extend(_packed(paragraphs))
+    return documents
+
+
+def _is_held_out(service: str) -> bool:
+    """About one service in twenty, by a hash of the part of its name that its relatives share."""
+    family = service.partition("-")[0]
+    return hashlib.sha256(family.encode()).digest()[0] < 256 / 20
+
+
+def _paragraphs(service: Path) -> Iterator[str]:
+    versions = sorted(path.name for path in service.iterdir() if path.is_dir())
+    for version in versions[-1:]:
+        for path in sorted((service / version).glob("service-2.json*")):
+            opened = gzip.open if path.suffix == ".gz" else open
+            with opened(path, "rt", encoding="utf-8") as file:
+                model = json.load(file)
+            for documentation in _documentation(model):
+                yield from _plain_paragraphs(documentation)
+
+
+def _documentation(node: Any) -> Iterator[str]:
+    """Every ``documentation`` string of a service's model, in the file's order."""
+    children = node.items() if isinstance(node, dict) else enumerate(node)
+    for key, value in children:
+        if key == "documentation" and isinstance(value, str):
+            yield value
+        elif isinstance(value, dict | list):
+            yield from _documentation(value)
+
+
+def _plain_paragraphs(documentation: str) -> Iterator[str]:
+    """The prose of a documentation string: tags off, entities resolved, white space folded.
+
+    >>> list(_plain_paragraphs("<p>Lists the <b>objects</b> &amp; versions that a bucket holds.</p>"
+    ...     "<p>Short.</p>"))
+    ['Lists the objects & versions that a bucket holds.']
+    """
+    for block in re.split(
+        r"</?(?:p|li|ul|ol|dl|dt|dd|note|important|br|h\d)\b[^>]*>", documentation
+    ):
+        text = " ".join(html.unescape(re.sub(r"<[^>]+>", "", block)).split())
+        if len(text) >= _SHORTEST_PARAGRAPH:
+            yield text
+
+
+def _packed(paragraphs: list[str]) -> Iterator[str]:
+    """Consecutive paragraphs, a line each, joined to about ``_DOCUMENT_CHARACTERS``."""
+    held: list[str] = []
+    for paragraph in paragraphs:
+        held.append(paragraph)
+        if sum(map(len, held)) >= _DOCUMENT_CHARACTERS:
+            yield "\n".join(held)
+            held = []
+    if held:
+        yield "\n".join(held)
+
+
+def _write_tfds(folder: Path, documents: dict[str, list[str]]) -> None:
+    """Writes array_record shards and TFDS's description of them, without TensorFlow."""
+    folder.mkdir(parents=True)
+    features = tfds.features.FeaturesDict({key: tfds.features.Text() for key in _KEYS})
+    identity = tfds.core.dataset_info.DatasetIdentity(
+        name="c4",
+        version=tfds.core.Version(VERSION),
+        data_dir=str(folder),
+        module_name="tensorflow_datasets.text.c4",
+        config_name="en",
+    )
+    info = tfds.core.DatasetInfo(
+        builder=identity, features=features, description="Documentation strings of botocore."
+    )
+    info.set_file_format("array_record")
+    splits = []
+    for split, texts in documents.items():
+        template = tfds.core.ShardedFileTemplate(
+            data_dir=folder, dataset_name="c4", split=split, filetype_suffix="array_record"
+        )
+        path = str(template.sharded_filepath(shard_index=0, num_shards=1))
+        writer = ArrayRecordWriter(path, "group_size:1")
+        written = 0
+        for text in texts:
+            example = {**dict.fromkeys(_KEYS, ""), "text": text, "content-length": str(len(text))}
+            record = features.serialize_example(features.encode_example(example))
+            writer.write(record)
+            written += len(record)
+        writer.close()
+        splits.append(
+            tfds.core.SplitInfo(
+                name=split,
+                shard_lengths=[len(texts)],
+                num_bytes=written,
+                filename_template=template,
+            )
+        )
+    info.set_splits(tfds.core.splits.SplitDict(splits))
+    info.write_to_directory(folder)

@@ -1,0 +1,85 @@
+"""SentencePiece tokenizers: any model by path, and one trained on the sample."""
+
+import os
+from collections.abc import Iterator
+from pathlib import Path
+
+import numpy as np
+import sentencepiece
+
+from galore_jax.errors import UserError
+
+
+class Tokenizer:
+    """A SentencePiece model, as language-model training needs it.
+
+    Attributes:
+      vocab_size: number of ids; ids are 0 to vocab_size - 1.
+      eos_id: the end of a document.
+      pad_id: fills short rows; 0 where the model has none (padding is masked out of the loss).
+    """
+
+    def __init__(self, path: str | os.PathLike[str]):
+        """Loads a model file.
+
+        Raises:
+          UserError: no such file, not a SentencePiece model, or one without an end token.
+        """
+        if not Path(path).is_file():
+            raise UserError(f"tokenizer {path}: there is no such file; give a SentencePiece model")
+        try:
+            self._processor = sentencepiece.SentencePieceProcessor(model_file=str(path))
+        except (OSError, RuntimeError) as error:
+            raise UserError(f"tokenizer {path} is not a SentencePiece model") from error
+        self.vocab_size: int = self._processor.vocab_size()
+        self.eos_id: int = self._processor.eos_id()
+        if self.eos_id < 0:
+            raise UserError(f"tokenizer {path} has no end-of-sentence token: documents need one")
+        self.pad_id: int = max(self._processor.pad_id(), 0)
+
+    def encode(self, text: str) -> np.ndarray:
+        """The document's ids and the end token, (length,) int32."""
+        return np.asarray([*self._processor.encode(text), self.eos_id], np.int32)
+
+    def decode(self, ids: np.ndarray) -> str:
+        """The text of ids, without special tokens."""
+        return self._processor.decode([int(i) for i in ids])
+
+
+def check_vocabulary(tokenizer: Tokenizer, vocab_size: int) -> None:
+    """Refuses a tokenizer whose ids the model has no embedding for.
+
+    Raises:
+      UserError: the tokenizer is the larger one.
+    """
+    if tokenizer.vocab_size > vocab_size:
+        raise UserError(
+            f"the tokenizer has {tokenizer.vocab_size} ids and the model a vocabulary of "
+            f"{vocab_size}; set config.model.vocab_size={tokenizer.vocab_size} or more"
+        )
+
+
+def train_tokenizer(texts: Iterator[str], path: Path, *, vocab_size: int) -> None:
+    """Trains a byte-pair model, the same one for the same texts: pad 0, end 1, unknown 2.
+
+    Args:
+      texts: the documents.
+      path: where the model goes.
+      vocab_size: its number of ids.
+    """
+    with path.open("wb") as file:
+        sentencepiece.SentencePieceTrainer.train(
+            sentence_iterator=texts,
+            model_writer=file,
+            model_type="bpe",
+            vocab_size=vocab_size,
+            character_coverage=0.9995,
+            byte_fallback=True,
+            max_sentence_length=16_384,
+            num_threads=2,
+            pad_id=0,
+            eos_id=1,
+            unk_id=2,
+            bos_id=-1,
+            minloglevel=2,
+        )
