@@ -1,0 +1,100 @@
+"""Every config key, with its default: the paper's recipe without the sizes of a model.
+
+The other files of this folder start from here and are what ``--config`` takes.
+"""
+
+import dataclasses
+
+from ml_collections import ConfigDict, config_dict
+
+from galore_jax.errors import UserError
+from galore_jax.models.presets import PRESETS
+
+
+def get_config(arg: str = "") -> ConfigDict:
+    """The defaults, with what follows the colon in ``--config=FILE:method=full,optimizer=adamw``.
+
+    Raises:
+      UserError: an argument that is not ``method=galore``, ``method=full`` or ``optimizer=NAME``.
+    """
+    config = ConfigDict()
+
+    config.method = "galore"  # "galore", or "full": the optimizer on the full gradients
+    config.seed = 0  # of the initial weights and of the order of the data
+    config.train_steps = 10_000  # updates
+    config.batch_size = 512  # sequences an update
+    config.micro_batch_size = 16  # sequences at a time; their gradients add up to a batch
+    config.log_every_steps = 10
+    config.eval_every_steps = 1_000  # 0: only at the end
+    config.eval_tokens = 10_000_000  # held-out tokens an evaluation, to the next whole batch
+    config.checkpoint_every_steps = 1_000  # 0: only at the end
+    config.keep_checkpoints = 2  # the newest ones
+    config.tensorboard = False  # write event files to the workdir too
+    config.dtype = "bfloat16"  # of activations and matrix products
+    config.param_dtype = "bfloat16"  # of weights, gradients and optimizer state
+    config.remat = False  # recompute each block in the backward pass, to save memory
+
+    config.model = ConfigDict()
+    config.model.vocab_size = 32_000
+    config.model.hidden_size = 512
+    config.model.intermediate_size = 1376  # inside the gated MLP
+    config.model.num_layers = 8
+    config.model.num_heads = 8
+    config.model.num_kv_heads = config_dict.placeholder(int)  # None: num_heads
+    config.model.head_dim = config_dict.placeholder(int)  # None: hidden_size / num_heads
+    config.model.rms_norm_eps = 1e-6
+    config.model.rope_theta = 1e4
+    config.model.tie_embeddings = False  # the embedding's transpose as the head
+    config.model.init_std = 0.02
+    config.model.attention_implementation = config_dict.placeholder(str)  # None, "xla", "cudnn"
+    config.model.loss_chunk_tokens = 1024  # rows of logits that exist at a time
+
+    config.data = ConfigDict()
+    config.data.name = "c4"  # "c4", or "sample": English that needs no download
+    config.data.data_dir = config_dict.placeholder(str)  # the folder that holds C4
+    config.data.tokenizer = config_dict.placeholder(str)  # a SentencePiece model; sample: its own
+    config.data.seq_len = 256  # tokens a sequence
+    config.data.packing = False  # False: a document a row, cut or padded, as in the paper
+
+    config.schedule = ConfigDict()
+    config.schedule.peak_lr = 0.01
+    config.schedule.warmup_steps = 1_000  # linear from 0
+    config.schedule.final_lr_ratio = 0.1  # cosine to this part of peak_lr at train_steps
+
+    config.optimizer = ConfigDict()
+    config.optimizer.name = "adamw"  # "adafactor", or any alias of optax or optax.contrib
+    config.optimizer.b1 = config_dict.placeholder(float)  # None: the alias's own default
+    config.optimizer.b2 = config_dict.placeholder(float)
+    config.optimizer.eps = config_dict.placeholder(float)
+    config.optimizer.weight_decay = 0.0
+    config.optimizer.clip_norm = config_dict.placeholder(float)  # of the whole gradient
+    config.optimizer.matrix_lr_scale = 1.0  # method "full": factor on the updates of the matrices
+    # that GaLore would project, whose own `scale` is in effect a second learning rate
+
+    config.galore = ConfigDict()
+    config.galore.rank = 128
+    config.galore.update_proj_gap = 200  # updates between two changes of basis
+    config.galore.scale = 0.25  # factor on the updates of the projected matrices
+    config.galore.proj_type = "std"  # project the smaller side
+    config.galore.basis = "svd"  # exact
+    config.galore.target_modules = ("attn", "mlp")  # regular expressions on the weights' paths
+
+    for item in filter(None, arg.split(",")):
+        key, _, value = item.partition("=")
+        if key == "method" and value in ("galore", "full"):
+            config.method = value
+        elif key == "optimizer" and value:
+            config.optimizer.name = value
+        else:
+            raise UserError(
+                f"config argument {item!r} is unknown; after the colon of --config go "
+                "method=galore, method=full and optimizer=NAME, separated by commas"
+            )
+    return config
+
+
+def set_model(config: ConfigDict, preset: str) -> None:
+    """Takes the sizes of a preset of ``galore_jax.models.presets``."""
+    sizes = dataclasses.asdict(PRESETS[preset])
+    for key in config.model:
+        config.model[key] = sizes[key]

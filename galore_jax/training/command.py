@@ -1,0 +1,124 @@
+"""The trainer's command line: ``--config``, its overrides and ``--workdir``."""
+
+import ast
+import dataclasses
+import difflib
+import re
+from pathlib import Path
+
+from absl import flags
+from ml_collections import ConfigDict
+from ml_collections.config_flags import config_flags
+
+from galore_jax.errors import UserError
+
+
+@dataclasses.dataclass(frozen=True)
+class Arguments:
+    """What the command line says.
+
+    Attributes:
+      config: the config of ``--config`` with its overrides.
+      workdir: ``--workdir``, or ``runs/CONFIG-METHOD-OPTIMIZER``.
+    """
+
+    config: ConfigDict
+    workdir: Path
+
+
+def parse(argv: list[str], *, usage: str, configs: Path) -> Arguments | None:
+    """Parses a command line.
+
+    Args:
+      argv: as ``sys.argv``.
+      usage: the first part of the help.
+      configs: the folder of configs, whose ``sample.py`` is the default.
+
+    Returns:
+      The arguments, or None after printing the help that was asked for.
+
+    Raises:
+      UserError: unknown flags, config files, keys or values of the wrong type.
+    """
+    if {"--help", "-h", "-help", "--helpfull", "--helpshort"} & set(argv[1:]):
+        print(help_text(usage, configs))
+        return None
+    values = flags.FlagValues()
+    try:
+        config_flag = config_flags.DEFINE_config_file(
+            "config", str(configs / "sample.py"), flag_values=values, sys_argv=argv
+        )
+        flags.DEFINE_string("workdir", None, "", flag_values=values)
+        rest = values(argv)
+        config = config_flag.value
+        method, optimizer = config.method, config.optimizer.name
+    except (flags.Error, AttributeError, KeyError, TypeError, ValueError, OSError) as error:
+        raise UserError(_explain(argv, error, configs)) from error
+    if rest[1:]:
+        raise UserError(
+            f"unknown argument {rest[1]!r}; flags are --config, --config.KEY, --workdir"
+        )
+    name = Path(config_flags.get_config_filename(values["config"])).stem
+    default = Path("runs") / f"{name.split(':')[0]}-{method}-{optimizer}"
+    return Arguments(config, Path(values.workdir) if values.workdir else default)
+
+
+def help_text(usage: str, configs: Path) -> str:
+    """The text of ``--help``: usage, flags, the configs, and every config key with its default."""
+    lines = [usage.strip(), "", "flags:"]
+    lines += [
+        "  --config=FILE[:method=galore|full,optimizer=NAME]   default: configs/sample.py",
+        "  --config.KEY=VALUE      any key below, as in --config.galore.rank=64",
+        "  --workdir=DIR           default: runs/CONFIG-METHOD-OPTIMIZER",
+        "  --help                  this text",
+        "",
+        "configs:",
+    ]
+    files = sorted(configs.glob("*.py"), key=lambda path: path.stem)
+    for path in files:
+        if path.stem != "base":
+            lines.append(f"  configs/{path.name:<18}{_first_line(path)}")
+    lines += ["", "config keys, with the defaults of configs/base.py:"]
+    for key, value in _declared(configs).items():
+        lines.append(f"  --config.{key}={value}")
+    return "\n".join(lines)
+
+
+def _first_line(path: Path) -> str:
+    return (ast.get_docstring(ast.parse(path.read_text())) or "").partition("\n")[0]
+
+
+def _declared(configs: Path) -> dict[str, str]:
+    """The keys of ``base.py`` with their defaults and comments, as they are written there."""
+    declared = {}
+    for line in (configs / "base.py").read_text().splitlines():
+        key, assigned, value = line.strip().partition(" = ")
+        if assigned and key.startswith("config.") and value != "ConfigDict()":
+            value = re.sub(r"config_dict\.placeholder\(\w+\)", "None", value)
+            declared.setdefault(key.removeprefix("config."), value)
+    return declared
+
+
+def _explain(argv: list[str], error: Exception, configs: Path) -> str:
+    """The one line that a user needs of what absl and ml_collections raise."""
+    declared = _declared(configs)
+    sections = {key.partition(".")[0] for key in declared if "." in key}
+    for argument in argv[1:]:
+        key = argument.lstrip("-").partition("=")[0].removeprefix("config.")
+        if not argument.lstrip("-").startswith("config."):
+            continue
+        if isinstance(error, flags.IllegalFlagValueError) and argument.lstrip("-") in str(error):
+            return f"{argument} has a value of another type than its default, {declared.get(key)}"
+        if key in {*declared, *sections}:
+            continue
+        near = difflib.get_close_matches(key, declared, n=1) or [
+            known for known in declared if known.rpartition(".")[2] == key.rpartition(".")[2]
+        ]
+        hint = f"did you mean --config.{near[0]}?" if near else "--help lists the keys"
+        return f"--config.{key} is no config key; {hint}"
+    if isinstance(error, OSError):
+        path = next((a.partition("=")[2] for a in argv if a.startswith("--config=")), "")
+        if not Path(path.partition(":")[0]).exists():
+            there = ", ".join(sorted(f.name for f in configs.glob("*.py") if f.stem != "base"))
+            return f"--config={path}: there is no such file; configs/ has {there}"
+    return " ".join(str(error).split())

@@ -1,0 +1,98 @@
+"""From a config to an Optax optimizer."""
+
+import difflib
+import inspect
+from collections.abc import Callable
+from typing import Any
+
+import optax
+import optax.contrib
+from ml_collections import ConfigDict
+
+from galore_jax.errors import UserError
+from galore_jax.training.settings import learning_rate
+from galore_jax.transform import galore, is_projected
+
+# What these aliases call the config's b1 and weight_decay.
+_OWN_NAMES = {
+    "adafactor": {"b1": "momentum", "weight_decay": "weight_decay_rate"},
+    "sgd": {"b1": "momentum"},
+    "rmsprop": {"b1": "momentum", "b2": "decay"},
+}
+# lbfgs wants the loss as a function; galore is what method="galore" is for.
+_EXCLUDED = ("lbfgs", "galore")
+# As the reference uses its Adafactor: the learning rate is absolute.
+_FIXED = {"adafactor": {"multiply_by_parameter_scale": False}}
+
+
+def make_optimizer(config: ConfigDict) -> optax.GradientTransformationExtraArgs:
+    """The optimizer of a run: clipping, then the alias, in GaLore or on the full gradients.
+
+    With ``method="full"``, ``optimizer.matrix_lr_scale`` multiplies the updates (decay included, as
+    a learning rate of their own would) of the matrices that GaLore would project.
+
+    Raises:
+      UserError: an alias that is not there or needs more than a learning rate; a setting that it
+        does not take.
+    """
+    settings, low_rank = config.optimizer, config.galore
+    optimizer = _alias(config)
+    if config.method == "galore":
+        optimizer = galore(
+            optimizer,
+            rank=low_rank.rank,
+            update_proj_gap=low_rank.update_proj_gap,
+            scale=low_rank.scale,
+            proj_type=low_rank.proj_type,
+            target_modules=tuple(low_rank.target_modules),
+            basis=low_rank.basis,
+        )
+    elif settings.matrix_lr_scale != 1.0:
+        targets = tuple(low_rank.target_modules)
+        matrices = optax.masked(
+            optax.scale(settings.matrix_lr_scale), lambda params: is_projected(params, targets)
+        )
+        optimizer = optax.chain(optimizer, matrices)
+    if settings.clip_norm is not None:
+        optimizer = optax.chain(optax.clip_by_global_norm(settings.clip_norm), optimizer)
+    return optax.with_extra_args_support(optimizer)
+
+
+def _alias(config: ConfigDict) -> optax.GradientTransformation:
+    settings = config.optimizer
+    make = _find(settings.name)
+    parameters = inspect.signature(make).parameters
+    own_names = _OWN_NAMES.get(settings.name, {})
+    arguments = dict(_FIXED.get(settings.name, {}))
+    for key in ("b1", "b2", "eps", "weight_decay"):
+        value, name = settings[key], own_names.get(key, key)
+        if name in parameters and value is not None:
+            arguments[name] = value
+        elif value:
+            takes = [k for k in ("b1", "b2", "eps", "weight_decay") if k in parameters]
+            raise UserError(
+                f"config.optimizer.{key}={value} is not for {settings.name}, which takes "
+                + (", ".join(takes) or "none of b1, b2, eps, weight_decay")
+            )
+    try:
+        return make(learning_rate(config), **arguments)
+    except (TypeError, ValueError) as error:
+        raise UserError(f"config.optimizer.name={settings.name} cannot be used: {error}") from error
+
+
+def _find(name: str) -> Callable[..., Any]:
+    aliases = {
+        candidate: make
+        for module in (optax.contrib, optax)
+        for candidate, make in inspect.getmembers(module, inspect.isfunction)
+        if next(iter(inspect.signature(make).parameters), None) == "learning_rate"
+        and not candidate.startswith(("_", "scale_by_"))
+        and candidate not in _EXCLUDED
+    }
+    if name not in aliases:
+        near = difflib.get_close_matches(name, aliases, n=1)
+        raise UserError(
+            f"config.optimizer.name={name!r} is no alias of optax or optax.contrib"
+            + (f"; did you mean {near[0]}?" if near else f"; they are {', '.join(sorted(aliases))}")
+        )
+    return aliases[name]

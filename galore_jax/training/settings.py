@@ -1,0 +1,142 @@
+"""From a config to what it describes: checked values, model, data, schedule."""
+
+import difflib
+from typing import Any
+
+import jax
+import optax
+from ml_collections import ConfigDict
+
+from galore_jax.data.batches import DataConfig, TextData
+from galore_jax.errors import UserError
+from galore_jax.models.llama import LlamaConfig, count_params
+
+_AT_LEAST_ONE = (
+    "train_steps",
+    "batch_size",
+    "micro_batch_size",
+    "log_every_steps",
+    "eval_tokens",
+    "keep_checkpoints",
+    "data.seq_len",
+    "galore.rank",
+    "galore.update_proj_gap",
+)
+_AT_LEAST_ZERO = (
+    "eval_every_steps",
+    "checkpoint_every_steps",
+    "schedule.warmup_steps",
+    "optimizer.weight_decay",
+    "seed",
+)
+_POSITIVE = (
+    "schedule.peak_lr",
+    "optimizer.clip_norm",
+    "optimizer.matrix_lr_scale",
+    "galore.scale",
+)
+_CHOICES = {
+    "method": ("galore", "full"),
+    "data.name": ("c4", "sample"),
+    "galore.proj_type": ("std",),
+    "galore.basis": ("svd",),
+}
+
+
+def check_config(config: ConfigDict) -> None:
+    """Checks the values that neither the model, the data nor the optimizer checks for itself.
+
+    Raises:
+      UserError: the key, its value, and what is allowed, in one line.
+    """
+
+    def refuse(key: str, allowed: str) -> None:
+        raise UserError(f"config.{key}={_get(config, key)!r} must be {allowed}")
+
+    for key in (*_AT_LEAST_ONE, *_AT_LEAST_ZERO):
+        least = 1 if key in _AT_LEAST_ONE else 0
+        if not _get(config, key) >= least:
+            refuse(key, f"at least {least}")
+    for key in _POSITIVE:
+        if _get(config, key) is not None and not _get(config, key) > 0:
+            refuse(key, "greater than 0")
+    for key, choices in _CHOICES.items():
+        if (value := _get(config, key)) not in choices:
+            near = difflib.get_close_matches(str(value), choices, n=1)
+            refuse(key, " or ".join(choices) + (f"; did you mean {near[0]}?" if near else ""))
+    if config.batch_size % config.micro_batch_size:
+        refuse("batch_size", f"a multiple of config.micro_batch_size={config.micro_batch_size}")
+    if not 0 <= config.schedule.final_lr_ratio <= 1:
+        refuse("schedule.final_lr_ratio", "from 0 to 1")
+    if config.schedule.warmup_steps >= config.train_steps:
+        refuse("schedule.warmup_steps", f"less than config.train_steps={config.train_steps}")
+
+
+def _get(config: ConfigDict, key: str) -> Any:
+    for part in key.split("."):
+        config = config[part]
+    return config
+
+
+def model_config(config: ConfigDict) -> LlamaConfig:
+    """The model that ``config.model`` and the dtypes describe.
+
+    Raises:
+      UserError: sizes that do not fit together, unknown dtypes.
+    """
+    return LlamaConfig(
+        **config.model.to_dict(),
+        dtype=config.dtype,
+        param_dtype=config.param_dtype,
+        remat=config.remat,
+    )
+
+
+def open_data(config: ConfigDict) -> TextData:
+    """The data that ``config.data`` describes, opened.
+
+    Raises:
+      UserError: data or tokenizer missing, unreadable, or not fit for the model.
+    """
+    data = DataConfig(**config.data.to_dict())
+    return TextData(data, vocab_size=config.model.vocab_size)
+
+
+def summary(config: ConfigDict, params: Any) -> str:
+    """What will run, in a few lines."""
+    model, data, schedule = config.model, config.data, config.schedule
+    settings, low_rank = config.optimizer, config.galore
+    method = f"{settings.name} on the full gradients"
+    if config.method == "galore":
+        method = (
+            f"galore of {settings.name}: rank {low_rank.rank}, new basis every "
+            f"{low_rank.update_proj_gap} updates, scale {low_rank.scale:g}"
+        )
+    device = jax.local_devices()[0].device_kind
+    return "\n".join(
+        (
+            f"model   {count_params(params) / 1e6:,.2f}M parameters: hidden {model.hidden_size}, "
+            f"{model.num_layers} layers, vocabulary {model.vocab_size}, {config.param_dtype}",
+            f"method  {method}",
+            f"data    {data.name}: {config.batch_size} x {data.seq_len} tokens an update"
+            + (", packed" if data.packing else ", a document a row"),
+            f"run     {config.train_steps} updates, peak learning rate {schedule.peak_lr:g}, "
+            f"seed {config.seed}, on {device} with jax {jax.__version__}",
+        )
+    )
+
+
+def learning_rate(config: ConfigDict) -> optax.Schedule:
+    """Linear warm-up from 0 to the peak, then a cosine down to ``final_lr_ratio`` of it.
+
+    As in the paper's appendix C.1. Called with the number of updates already made, so that the
+    first update has learning rate 0 if there is any warm-up.
+    """
+    schedule = config.schedule
+    return optax.warmup_cosine_decay_schedule(
+        init_value=0.0 if schedule.warmup_steps else schedule.peak_lr,
+        peak_value=schedule.peak_lr,
+        warmup_steps=schedule.warmup_steps,
+        decay_steps=config.train_steps,
+        end_value=schedule.peak_lr * schedule.final_lr_ratio,
+    )

@@ -1,0 +1,78 @@
+"""The folder of a run: whose it is, and what differs if it is another run's."""
+
+import fcntl
+import json
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from ml_collections import ConfigDict
+
+from galore_jax.errors import UserError
+from galore_jax.training.metrics import write_run_record
+
+# Keys that leave every number of a run as it is: they may change when it is resumed.
+_FREE = frozenset({"keep_checkpoints", "checkpoint_every_steps", "tensorboard"})
+
+
+@contextmanager
+def claim(workdir: Path, config: ConfigDict) -> Iterator[None]:
+    """Holds the folder for one process and records the config and the package versions in it.
+
+    Raises:
+      UserError: the folder holds a run of another config (what differs is told), other files
+        instead of a run, or is held by another process; nothing in it is changed.
+    """
+    try:
+        workdir.mkdir(parents=True, exist_ok=True)
+        lock = (workdir / ".lock").open("w")
+    except OSError as error:
+        raise UserError(f"cannot use --workdir={workdir}: {error.strerror}") from error
+    with lock:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError as error:
+            raise UserError(
+                f"--workdir={workdir} is in use by another process; wait for it, or give another"
+            ) from error
+        wanted = json.loads(config.to_json_best_effort())
+        _check_same_run(workdir, wanted)
+        write_run_record(workdir, wanted)
+        yield
+
+
+def _check_same_run(workdir: Path, wanted: Mapping[str, Any]) -> None:
+    record = workdir / "config.json"
+    if not record.exists():
+        if (workdir / "checkpoints").exists() or (workdir / "metrics.jsonl").exists():
+            raise UserError(
+                f"--workdir={workdir} holds a run without its config.json; give another folder"
+            )
+        return
+    try:
+        found = json.loads(record.read_text())
+    except json.JSONDecodeError as error:
+        raise UserError(f"{record} is damaged ({error}); give another --workdir") from error
+    here, there = _flat(wanted), _flat(found)
+    differing = [
+        f"{key} is {there.get(key)!r} there and {here.get(key)!r} here"
+        for key in sorted(here.keys() | there.keys())
+        if here.get(key) != there.get(key) and key not in _FREE
+    ]
+    if differing:
+        more = f", and {len(differing) - 4} more" if len(differing) > 4 else ""
+        raise UserError(
+            f"--workdir={workdir} holds another config's run: {'; '.join(differing[:4])}{more}; "
+            "give another --workdir, or the same config to resume"
+        )
+
+
+def _flat(tree: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    flat: dict[str, Any] = {}
+    for key, value in tree.items():
+        if isinstance(value, Mapping):
+            flat |= _flat(value, f"{prefix}{key}.")
+        else:
+            flat[prefix + key] = value
+    return flat

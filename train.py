@@ -1,0 +1,36 @@
+r"""Pre-trains a LLaMA, with GaLore or the full gradients, on one device.
+
+  python train.py
+      the offline sample: real English, a small model, a few minutes on a laptop
+  python train.py --config=configs/llama_60m.py --config.data.data_dir=DIR \
+      --config.data.tokenizer=SPIECE_MODEL --workdir=runs/60m
+      the paper's 60M run on C4
+  python train.py --config=configs/sample.py:method=full,optimizer=lion
+      full gradients instead of GaLore, another optimizer
+
+The same command again resumes the run in its workdir, or says that it is complete.
+"""
+
+import sys
+from pathlib import Path
+
+from galore_jax.errors import UserError
+from galore_jax.training.command import parse
+
+
+def main() -> int:
+    """Parses the flags and trains; 0, or 2 after a one-line error."""
+    try:
+        arguments = parse(sys.argv, usage=__doc__ or "", configs=Path(__file__).parent / "configs")
+        if arguments is not None:
+            from galore_jax.training.loop import train
+
+            train(arguments.config, arguments.workdir)
+    except UserError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
