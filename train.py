@@ -19,7 +19,7 @@ from galore_jax.training.command import parse
 
 
 def main() -> int:
-    """Parses the flags and trains; 0, or 2 after a one-line error."""
+    """Parses the flags and trains; 0, or 2 after a one-line error, 130 if interrupted."""
     try:
         arguments = parse(sys.argv, usage=__doc__ or "", configs=Path(__file__).parent / "configs")
         if arguments is not None:
@@ -29,6 +29,9 @@ def main() -> int:
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
+    except KeyboardInterrupt:
+        print("interrupted; run the same command again to go on", file=sys.stderr)
+        return 130
     return 0
 
 

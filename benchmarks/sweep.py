@@ -8,7 +8,6 @@ interrupted goes on where it was. ``--jobs`` runs go side by side, each on a cor
 
 import argparse
 import concurrent.futures
-import itertools
 import os
 import queue
 import subprocess
@@ -67,7 +66,12 @@ def main() -> None:
         print(f"{method} peak_lr={peak_lr:g} scale={scale:g}: eval loss {loss:.4f}", flush=True)
         return loss
 
-    grid = list(itertools.product(KNOB, arguments.peak_lr, arguments.scale))
+    grid: list[tuple[str, float, float]] = [
+        (method, peak_lr, scale)
+        for method in KNOB
+        for peak_lr in arguments.peak_lr
+        for scale in arguments.scale
+    ]
     with concurrent.futures.ThreadPoolExecutor(arguments.jobs) as pool:
         losses = dict(zip(grid, pool.map(lambda point: run(*point), grid), strict=True))
     arguments.out.write_text(table(losses, arguments.peak_lr, arguments.scale))

@@ -70,6 +70,7 @@ def _open_tfds(root: Path, folder: Path) -> "RandomAccess | Shards":
         name = f"c4/en:{folder.name}"
         return RandomAccess(name, root)
     if info.file_format == tfds.core.FileFormat.TFRECORD:
+        features: Any = info.features
         paths = {
             split: [Path(path) for path in info.splits[split].filepaths]
             for split in ("train", "validation")
@@ -77,9 +78,9 @@ def _open_tfds(root: Path, folder: Path) -> "RandomAccess | Shards":
         missing = [path for split in paths.values() for path in split if not path.exists()]
         if missing:
             raise UserError(f"C4 in {folder} is incomplete: {missing[0].name} is missing")
-        return Shards(lambda path: _TFRecords(path, info.features), paths)
+        return Shards(lambda path: _TFRecords(path, features), paths)
     raise UserError(
-        f"C4 in {folder} has TFDS's format {info.file_format.value}, which is not read here; "
+        f"C4 in {folder} has TFDS's format {info.file_format}, which is not read here; "
         "array_record and tfrecord are"
     )
 
@@ -99,7 +100,7 @@ class RandomAccess:
 
     def texts(self, split: str, *, seed: int | None) -> grain.IterDataset[str]:
         """Texts in order, once, for a seed of None; else shuffled anew each epoch, without end."""
-        source = tfds.data_source(
+        source: Any = tfds.data_source(
             self.name, data_dir=str(self.data_dir), split=split, download=False
         )
         documents = grain.MapDataset.source(source)
@@ -156,7 +157,7 @@ class _ShardTextsIterator(grain.DatasetIterator[str]):
             order = np.arange(len(self._paths))
         else:
             order = np.random.default_rng([self._seed, epoch]).permutation(len(self._paths))
-        self._shard: grain.DatasetIterator[str] | None = None
+        self._shard: Any = None  # a Grain iterator, or None at the end
         if place < len(order):
             self._shard = iter(self._open_shard(self._paths[order[place]]))
 
@@ -182,7 +183,7 @@ class _ShardTextsIterator(grain.DatasetIterator[str]):
 
 
 class _TFRecords(grain.IterDataset[str]):
-    def __init__(self, path: Path, features: tfds.features.FeaturesDict):
+    def __init__(self, path: Path, features: Any):
         super().__init__()
         self._records = grain.experimental.TFRecordIterDataset(str(path)).map(
             lambda record: _text(features.deserialize_example_np(record))

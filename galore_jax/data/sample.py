@@ -22,6 +22,8 @@ from typing import Any
 
 import tensorflow_datasets as tfds
 from array_record.python.array_record_module import ArrayRecordWriter
+from tensorflow_datasets.core import dataset_info
+from tensorflow_datasets.core import splits as splits_lib
 
 from galore_jax.data.tokenizer import train_tokenizer
 from galore_jax.errors import UserError
@@ -168,7 +170,7 @@ def _write_tfds(folder: Path, documents: dict[str, list[str]]) -> None:
     """Writes array_record shards and TFDS's description of them, without TensorFlow."""
     folder.mkdir(parents=True)
     features = tfds.features.FeaturesDict({key: tfds.features.Text() for key in _KEYS})
-    identity = tfds.core.dataset_info.DatasetIdentity(
+    identity = dataset_info.DatasetIdentity(
         name="c4",
         version=tfds.core.Version(VERSION),
         data_dir=str(folder),
@@ -182,7 +184,10 @@ def _write_tfds(folder: Path, documents: dict[str, list[str]]) -> None:
     splits = []
     for split, texts in documents.items():
         template = tfds.core.ShardedFileTemplate(
-            data_dir=folder, dataset_name="c4", split=split, filetype_suffix="array_record"
+            data_dir=folder,  # pyright: ignore[reportArgumentType]  # any path-like works
+            dataset_name="c4",
+            split=split,
+            filetype_suffix="array_record",
         )
         path = str(template.sharded_filepath(shard_index=0, num_shards=1))
         writer = ArrayRecordWriter(path, "group_size:1")
@@ -201,5 +206,5 @@ def _write_tfds(folder: Path, documents: dict[str, list[str]]) -> None:
                 filename_template=template,
             )
         )
-    info.set_splits(tfds.core.splits.SplitDict(splits))
+    info.set_splits(splits_lib.SplitDict(splits))
     info.write_to_directory(folder)

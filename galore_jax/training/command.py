@@ -5,9 +5,9 @@ import dataclasses
 import difflib
 import re
 from pathlib import Path
+from typing import Any
 
 from absl import flags
-from ml_collections import ConfigDict
 from ml_collections.config_flags import config_flags
 
 from galore_jax.errors import UserError
@@ -18,11 +18,11 @@ class Arguments:
     """What the command line says.
 
     Attributes:
-      config: the config of ``--config`` with its overrides.
+      config: the ConfigDict of ``--config`` with its overrides.
       workdir: ``--workdir``, or ``runs/CONFIG-METHOD-OPTIMIZER``.
     """
 
-    config: ConfigDict
+    config: Any
     workdir: Path
 
 
@@ -108,7 +108,10 @@ def _explain(argv: list[str], error: Exception, configs: Path) -> str:
         if not argument.lstrip("-").startswith("config."):
             continue
         if isinstance(error, flags.IllegalFlagValueError) and argument.lstrip("-") in str(error):
-            return f"{argument} has a value of another type than its default, {declared.get(key)}"
+            if key in sections:
+                return f"--config.{key} is a section: set its keys, as in --config.{key}.KEY=VALUE"
+            default = declared[key].partition("  #")[0]
+            return f"{argument} has a value of another type than the default, {default}"
         if key in {*declared, *sections}:
             continue
         near = difflib.get_close_matches(key, declared, n=1) or [

@@ -9,7 +9,6 @@ from typing import Any
 
 import jax
 import numpy as np
-from ml_collections import ConfigDict
 
 from galore_jax.data.batches import TextData
 from galore_jax.errors import UserError
@@ -24,7 +23,7 @@ from galore_jax.training.steps import TrainState
 from galore_jax.training.workdir import claim
 
 
-def train(config: ConfigDict, workdir: Path) -> None:
+def train(config: settings.Config, workdir: Path) -> None:
     """Trains as ``config`` says, in ``workdir``; resumes what is there.
 
     Writes ``config.json``, ``versions.json``, ``metrics.jsonl`` and ``checkpoints/`` to the
@@ -47,6 +46,7 @@ def train(config: ConfigDict, workdir: Path) -> None:
     except ValueError as error:
         raise UserError(f"config.galore does not fit the model: {error}") from error
 
+    print(settings.summary(config, abstract_state.params), flush=True)
     with (
         claim(workdir, config),
         Checkpoints(workdir / "checkpoints", keep=config.keep_checkpoints, warn=print) as saved,
@@ -83,7 +83,7 @@ def train(config: ConfigDict, workdir: Path) -> None:
 class _Run:
     """A run under way: its compiled steps and how far it has come."""
 
-    def __init__(self, config: ConfigDict, data: TextData, saved: Checkpoints):
+    def __init__(self, config: settings.Config, data: TextData, saved: Checkpoints):
         self.config, self.data, self.saved = config, data, saved
         self.batches = data.train_batches(batch_size=config.batch_size, seed=config.seed)
         self.step = 0
@@ -93,8 +93,9 @@ class _Run:
         self.eval_loss = math.nan
 
     def compile(self, tx: Any, abstract_state: TrainState) -> None:
-        """Compiles both steps, and prints what will run and what it will take."""
+        """Compiles both steps, and prints what memory they will take."""
         config, begun = self.config, time.monotonic()
+        print("compiling", flush=True)
         model = settings.model_config(config)
         parts = config.batch_size // config.micro_batch_size
 
@@ -114,7 +115,6 @@ class _Run:
         device = jax.local_devices()[0].device_kind
         params, opt_state = abstract_state.params, abstract_state.opt_state
         gradients = steps.gradient_bytes(params, parts)
-        print(settings.summary(config, params))
         print(memory_table(params, opt_state, gradients, compiled_plan(self.train_step, device)))
         print(f"compiled in {time.monotonic() - begun:.1f} s", flush=True)
 

@@ -7,10 +7,9 @@ from typing import Any
 
 import optax
 import optax.contrib
-from ml_collections import ConfigDict
 
 from galore_jax.errors import UserError
-from galore_jax.training.settings import learning_rate
+from galore_jax.training.settings import Config, learning_rate
 from galore_jax.transform import galore, is_projected
 
 # What these aliases call the config's b1 and weight_decay.
@@ -25,7 +24,7 @@ _EXCLUDED = ("lbfgs", "galore")
 _FIXED = {"adafactor": {"multiply_by_parameter_scale": False}}
 
 
-def make_optimizer(config: ConfigDict) -> optax.GradientTransformationExtraArgs:
+def make_optimizer(config: Config) -> optax.GradientTransformationExtraArgs:
     """The optimizer of a run: clipping, then the alias, in GaLore or on the full gradients.
 
     With ``method="full"``, ``optimizer.matrix_lr_scale`` multiplies the updates (decay included, as
@@ -58,7 +57,7 @@ def make_optimizer(config: ConfigDict) -> optax.GradientTransformationExtraArgs:
     return optax.with_extra_args_support(optimizer)
 
 
-def _alias(config: ConfigDict) -> optax.GradientTransformation:
+def _alias(config: Config) -> optax.GradientTransformation:
     settings = config.optimizer
     make = _find(settings.name)
     parameters = inspect.signature(make).parameters

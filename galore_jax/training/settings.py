@@ -5,11 +5,12 @@ from typing import Any
 
 import jax
 import optax
-from ml_collections import ConfigDict
 
 from galore_jax.data.batches import DataConfig, TextData
 from galore_jax.errors import UserError
 from galore_jax.models.llama import LlamaConfig, count_params
+
+Config = Any  # an ml_collections.ConfigDict with the keys of configs/base.py
 
 _AT_LEAST_ONE = (
     "train_steps",
@@ -43,7 +44,7 @@ _CHOICES = {
 }
 
 
-def check_config(config: ConfigDict) -> None:
+def check_config(config: Config) -> None:
     """Checks the values that neither the model, the data nor the optimizer checks for itself.
 
     Raises:
@@ -72,13 +73,13 @@ def check_config(config: ConfigDict) -> None:
         refuse("schedule.warmup_steps", f"less than config.train_steps={config.train_steps}")
 
 
-def _get(config: ConfigDict, key: str) -> Any:
+def _get(config: Config, key: str) -> Any:
     for part in key.split("."):
         config = config[part]
     return config
 
 
-def model_config(config: ConfigDict) -> LlamaConfig:
+def model_config(config: Config) -> LlamaConfig:
     """The model that ``config.model`` and the dtypes describe.
 
     Raises:
@@ -92,7 +93,7 @@ def model_config(config: ConfigDict) -> LlamaConfig:
     )
 
 
-def open_data(config: ConfigDict) -> TextData:
+def open_data(config: Config) -> TextData:
     """The data that ``config.data`` describes, opened.
 
     Raises:
@@ -102,7 +103,7 @@ def open_data(config: ConfigDict) -> TextData:
     return TextData(data, vocab_size=config.model.vocab_size)
 
 
-def summary(config: ConfigDict, params: Any) -> str:
+def summary(config: Config, params: Any) -> str:
     """What will run, in a few lines."""
     model, data, schedule = config.model, config.data, config.schedule
     settings, low_rank = config.optimizer, config.galore
@@ -113,20 +114,18 @@ def summary(config: ConfigDict, params: Any) -> str:
             f"{low_rank.update_proj_gap} updates, scale {low_rank.scale:g}"
         )
     device = jax.local_devices()[0].device_kind
-    return "\n".join(
-        (
-            f"model   {count_params(params) / 1e6:,.2f}M parameters: hidden {model.hidden_size}, "
-            f"{model.num_layers} layers, vocabulary {model.vocab_size}, {config.param_dtype}",
-            f"method  {method}",
-            f"data    {data.name}: {config.batch_size} x {data.seq_len} tokens an update"
-            + (", packed" if data.packing else ", a document a row"),
-            f"run     {config.train_steps} updates, peak learning rate {schedule.peak_lr:g}, "
-            f"seed {config.seed}, on {device} with jax {jax.__version__}",
-        )
+    layout = "packed" if data.packing else "a document a row"
+    return (
+        f"model   {count_params(params) / 1e6:,.2f}M parameters: hidden {model.hidden_size}, "
+        f"{model.num_layers} layers, vocabulary {model.vocab_size}, {config.param_dtype}\n"
+        f"method  {method}\n"
+        f"data    {data.name}: {config.batch_size} x {data.seq_len} tokens an update, {layout}\n"
+        f"run     {config.train_steps} updates, peak learning rate {schedule.peak_lr:g}, "
+        f"seed {config.seed}, on {device} with jax {jax.__version__}"
     )
 
 
-def learning_rate(config: ConfigDict) -> optax.Schedule:
+def learning_rate(config: Config) -> optax.Schedule:
     """Linear warm-up from 0 to the peak, then a cosine down to ``final_lr_ratio`` of it.
 
     As in the paper's appendix C.1. Called with the number of updates already made, so that the

@@ -7,17 +7,16 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from ml_collections import ConfigDict
-
 from galore_jax.errors import UserError
 from galore_jax.training.metrics import write_run_record
+from galore_jax.training.settings import Config
 
 # Keys that leave every number of a run as it is: they may change when it is resumed.
 _FREE = frozenset({"keep_checkpoints", "checkpoint_every_steps", "tensorboard"})
 
 
 @contextmanager
-def claim(workdir: Path, config: ConfigDict) -> Iterator[None]:
+def claim(workdir: Path, config: Config) -> Iterator[None]:
     """Holds the folder for one process and records the config and the package versions in it.
 
     Raises:
@@ -38,7 +37,10 @@ def claim(workdir: Path, config: ConfigDict) -> Iterator[None]:
             ) from error
         wanted = json.loads(config.to_json_best_effort())
         _check_same_run(workdir, wanted)
-        write_run_record(workdir, wanted)
+        try:
+            write_run_record(workdir, wanted)
+        except OSError as error:
+            raise UserError(f"cannot write to --workdir={workdir}: {error.strerror}") from error
         yield
 
 

@@ -1,0 +1,70 @@
+"""The command line: what it teaches, and one line for every mistake."""
+
+import subprocess
+import sys
+
+import pytest
+from tiny import ROOT
+
+from galore_jax.errors import UserError
+from galore_jax.training.command import parse
+
+
+def parse_flags(*flags):
+    return parse(["train.py", *flags], usage="usage", configs=ROOT / "configs")
+
+
+def test_default_is_the_sample():
+    arguments = parse_flags()
+    assert arguments.config.data.name == "sample"
+    assert str(arguments.workdir) == "runs/sample-galore-adamw"
+
+
+def test_overrides_and_argument():
+    arguments = parse_flags(
+        "--config=configs/llama_60m.py:method=full,optimizer=lion",
+        "--config.schedule.peak_lr=3",
+        "--config.optimizer.b1=0.5",
+        "--workdir=there",
+    )
+    config = arguments.config
+    assert (config.method, config.optimizer.name) == ("full", "lion")
+    assert (config.schedule.peak_lr, config.optimizer.b1) == (3.0, 0.5)
+    assert str(arguments.workdir) == "there"
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        (["--config.foo=1"], "--config.foo is no config key"),
+        (["--config.galore.rnk=3"], "did you mean --config.galore.rank"),
+        (["--config.rank=3"], "did you mean --config.galore.rank"),
+        (["--config.galore.rank=1.5"], "another type than the default, 128$"),
+        (["--config.remat=maybe"], "another type than the default, False$"),
+        (["--config.galore=3"], "--config.galore is a section"),
+        (["--config=configs/nope.py"], "no such file; configs/ has llama_130m.py, llama_1b.py"),
+        (["--config=configs/sample.py:method=ful"], "'method=ful' is unknown"),
+        (["--workdirs=x"], "workdirs"),
+        (["extra"], "unknown argument 'extra'"),
+    ],
+)
+def test_mistakes(flags, message):
+    with pytest.raises(UserError, match=message) as caught:
+        parse_flags(*flags)
+    assert "\n" not in str(caught.value)
+
+
+def test_help_teaches(capsys):
+    assert parse_flags("--help") is None
+    out = capsys.readouterr().out
+    for part in ("usage", "--workdir=DIR", "configs/llama_7b.py", "--config.galore.rank=128"):
+        assert part in out
+
+
+def test_an_error_is_one_line_and_exit_code_2():
+    done = subprocess.run(
+        [sys.executable, str(ROOT / "train.py"), "--config.galore.rank=0"],
+        capture_output=True, text=True, check=False, cwd=ROOT,
+    )  # fmt: skip
+    assert done.returncode == 2
+    assert done.stderr == "error: config.galore.rank=0 must be at least 1\n"
