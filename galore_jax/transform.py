@@ -1,6 +1,5 @@
 """GaLore as an Optax gradient transformation around any Optax optimizer."""
 
-import re
 import warnings
 from collections.abc import Callable, Sequence
 from typing import Any, Literal, NamedTuple
@@ -10,6 +9,8 @@ import jax.numpy as jnp
 import optax
 
 from galore_jax import projection
+from galore_jax.decay import update_and_decay
+from galore_jax.selection import is_projected
 
 ProjType = Literal["std"]
 Basis = Literal["svd"]
@@ -29,55 +30,6 @@ class GaLoreState(NamedTuple):
     count: jax.typing.ArrayLike  # pyright: ignore[reportIncompatibleMethodOverride]
     projector: Any
     inner_state: optax.OptState
-
-
-def leaf_path(key_path: tuple[Any, ...]) -> str:
-    """The ``/``-joined name of a leaf, as ``target_modules`` sees it.
-
-    >>> import jax
-    >>> [leaf_path(path) for path, _ in jax.tree_util.tree_leaves_with_path({"mlp": {"kernel": 0}})]
-    ['mlp/kernel']
-    """
-    return jax.tree_util.keystr(key_path, simple=True, separator="/")
-
-
-def is_projected(params: Any, target_modules: str | Sequence[str] | None = None) -> Any:
-    """Which leaves GaLore projects.
-
-    Args:
-      params: a tree of arrays (or of shapes).
-      target_modules: a regular expression, or several, searched for in each leaf's path. A leaf
-        that matches and has two axes or more is projected, its last two axes being the matrix and
-        the leading ones a stack. None selects every leaf of exactly two axes.
-
-    Returns:
-      A tree of bools with the params' structure: a mask as Optax takes it.
-
-    Raises:
-      ValueError: a ``target_modules`` that selects nothing; some of the paths are listed.
-
-    >>> import jax.numpy as jnp
-    >>> params = {"embed": jnp.ones((8, 4)), "mlp": {"kernel": jnp.ones((2, 4, 6))}}
-    >>> is_projected(params), is_projected(params, "mlp")
-    ({'embed': True, 'mlp': {'kernel': False}}, {'embed': False, 'mlp': {'kernel': True}})
-    """
-    if target_modules is None:
-        return jax.tree.map(lambda leaf: jnp.ndim(leaf) == 2, params)
-    patterns = [target_modules] if isinstance(target_modules, str) else list(target_modules)
-
-    def selected(key_path: tuple[Any, ...], leaf: Any) -> bool:
-        path = leaf_path(key_path)
-        return jnp.ndim(leaf) >= 2 and any(re.search(pattern, path) for pattern in patterns)
-
-    mask = jax.tree_util.tree_map_with_path(selected, params)
-    paths = [leaf_path(path) for path, _ in jax.tree_util.tree_leaves_with_path(params)]
-    if paths and not any(jax.tree.leaves(mask)):
-        raise ValueError(
-            f"target_modules={target_modules!r} matches no leaf of two axes or more; paths are "
-            + ", ".join(paths[:5])
-            + (", ..." if len(paths) > 5 else "")
-        )
-    return mask
 
 
 def galore(
@@ -262,7 +214,7 @@ def _wrap(
             )
         else:
             low_params = _map_projected(_project, projector, params, others=params)
-            inner_updates, decay, inner_state = _update_and_decay(
+            inner_updates, decay, inner_state = update_and_decay(
                 inner, low_updates, state.inner_state, low_params, extra_args
             )
 
@@ -313,56 +265,6 @@ def _project(projector: jax.Array, matrix: jax.Array) -> jax.Array:
 
 def _project_back(projector: jax.Array, coordinates: jax.Array, like: jax.Array) -> jax.Array:
     return projection.project_back(coordinates, projector, projection.std_side(like.shape))
-
-
-def _update_and_decay(
-    inner: optax.GradientTransformationExtraArgs,
-    updates: optax.Updates,
-    state: optax.OptState,
-    params: optax.Params,
-    extra_args: dict[str, Any],
-) -> tuple[optax.Updates, Any, optax.OptState]:
-    """The inner update and, for each leaf, its coefficient of decoupled weight decay.
-
-    Decoupled decay adds ``c * params`` to an update, so that its derivative along a vector of ones
-    is c in every entry. Trust ratios and parameter scales also read params, but not uniformly over
-    a leaf: for them c is zero. A leaf whose update does not depend on params has None for c.
-    """
-    reads_params: set[int] = set()
-
-    def inner_update(params: optax.Params) -> tuple[optax.Updates, optax.OptState]:
-        new_updates, new_state = inner.update(updates, state, params, **extra_args)
-        leaves, treedef = jax.tree.flatten(new_updates)
-        noted = [_note_tangent(leaf, i, reads_params) for i, leaf in enumerate(leaves)]
-        return treedef.unflatten(noted), new_state
-
-    ones = jax.tree.map(jnp.ones_like, params)
-    new_updates, slope, new_state = jax.jvp(inner_update, (params,), (ones,), has_aux=True)
-
-    def coefficient(i: int, slope: jax.Array) -> jax.Array | None:
-        if i not in reads_params:
-            return None
-        first = slope.ravel()[0]
-        return jnp.where((slope == first).all(), first, jnp.zeros_like(first))
-
-    leaves, treedef = jax.tree.flatten(slope)
-    decay = treedef.unflatten([coefficient(i, leaf) for i, leaf in enumerate(leaves)])
-    return new_updates, decay, new_state
-
-
-def _note_tangent(leaf: jax.Array, index: int, found: set[int]) -> jax.Array:
-    """The leaf as it is; its index goes to ``found`` if differentiation reaches it."""
-
-    @jax.custom_jvp
-    def note(leaf: jax.Array) -> jax.Array:
-        return leaf
-
-    @note.defjvp
-    def _(primals, tangents):
-        found.add(index)
-        return primals[0], tangents[0]
-
-    return note(leaf)
 
 
 def _check_arguments(optimizer, rank, update_proj_gap, scale, proj_type, basis) -> None:

@@ -36,7 +36,7 @@ class LlamaConfig:
       param_dtype: dtype of the parameters.
       attention_implementation: for :func:`jax.nn.dot_product_attention`, ``"xla"`` or
         ``"cudnn"`` (NVIDIA GPU, 16-bit ``dtype``); None lets JAX choose, save in float32: see
-        :func:`galore_jax.models.llama.causal_attention`.
+        :func:`galore_jax.models.attention.causal_attention`.
       remat: keep only each block's input and recompute the block in the backward pass; else
         the outputs of its linears are kept, and only what lies between them recomputed.
       loss_chunk_tokens: rows of logits that exist at a time in the loss.

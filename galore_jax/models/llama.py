@@ -8,7 +8,8 @@ import jax.numpy as jnp
 from flax import nnx
 from jax.typing import DTypeLike
 
-from galore_jax.models.config import AttentionImplementation, LlamaConfig
+from galore_jax.models.attention import causal_attention, rotary
+from galore_jax.models.config import LlamaConfig
 from galore_jax.models.losses import cross_entropy
 
 Params = dict[str, Any]  # Nested dicts of arrays.
@@ -33,64 +34,6 @@ def linear(x: jax.Array, kernel: Any, out_dtype: DTypeLike | None = None) -> jax
     flat = x.reshape(-1, x.shape[-1])
     y = jnp.dot(flat, kernel.astype(x.dtype), preferred_element_type=out_dtype)
     return y.reshape(*x.shape[:-1], -1)
-
-
-def rotary(x: jax.Array, positions: jax.Array, theta: float) -> jax.Array:
-    r"""Rotary position embedding (Su et al. 2021, arXiv:2104.09864), in float32.
-
-    Turns the pair :math:`(x_i, x_{i + H/2})` by the angle :math:`p\,\theta^{-2i/H}`: the pairs
-    are halves apart, as in Hugging Face checkpoints, not neighbours.
-
-    Args:
-      x: ``(B, S, heads, H)``, H even.
-      positions: ``(S,)`` or ``(B, S)``, int32.
-      theta: the base of the frequencies.
-
-    Returns:
-      ``(B, S, heads, H)`` in the dtype of ``x``.
-    """
-    half = x.shape[-1] // 2
-    frequencies = theta ** (-jnp.arange(half, dtype=jnp.float32) / half)
-    angles = positions[..., None, None].astype(jnp.float32) * frequencies
-    cos, sin = jnp.cos(angles), jnp.sin(angles)
-    first, second = x[..., :half].astype(jnp.float32), x[..., half:].astype(jnp.float32)
-    turned = jnp.concatenate([first * cos - second * sin, second * cos + first * sin], axis=-1)
-    return turned.astype(x.dtype)
-
-
-def causal_attention(
-    query: jax.Array,
-    key: jax.Array,
-    value: jax.Array,
-    implementation: AttentionImplementation | None = None,
-) -> jax.Array:
-    """Causal scaled dot-product attention, its softmax in float32.
-
-    Args:
-      query: ``(B, S, N, H)``.
-      key: ``(B, S, K, H)``; N is a multiple of K, and query head n reads head ``n // (N / K)``.
-      value: ``(B, S, K, H)``.
-      implementation: for :func:`jax.nn.dot_product_attention`. None does the same in the
-        plain batched matrix products that XLA runs best on a CPU if the inputs are float32,
-        and else leaves the choice to JAX.
-
-    Returns:
-      ``(B, S, N, H)``, in the dtype of ``query``.
-    """
-    if implementation is not None or query.dtype != jnp.float32:
-        return jax.nn.dot_product_attention(
-            query, key, value, is_causal=True, implementation=implementation
-        )
-    batch, length, heads, size = query.shape
-    groups = key.shape[2]
-    # (B, K, N/K * S, H): the query heads of a group are more rows against the same keys.
-    query = query.swapaxes(1, 2).reshape(batch, groups, -1, size) * size**-0.5
-    key, value = key.swapaxes(1, 2), value.swapaxes(1, 2)
-    scores = (query @ key.swapaxes(2, 3)).reshape(batch, heads, length, length)
-    causal = jnp.tril(jnp.ones((length, length), bool))
-    weights = jax.nn.softmax(jnp.where(causal, scores, -jnp.inf), axis=-1)
-    read = weights.reshape(batch, groups, -1, length) @ value
-    return read.reshape(batch, heads, length, size).swapaxes(1, 2)
 
 
 def _normal(config: LlamaConfig, rngs: nnx.Rngs, shape: tuple[int, ...]) -> nnx.Param:

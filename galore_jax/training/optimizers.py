@@ -9,8 +9,9 @@ import optax
 import optax.contrib
 
 from galore_jax.errors import UserError
+from galore_jax.selection import is_projected
 from galore_jax.training.settings import Config, learning_rate
-from galore_jax.transform import galore, is_projected
+from galore_jax.transform import galore
 
 # What these aliases call the config's b1 and weight_decay.
 _OWN_NAMES = {

@@ -11,17 +11,16 @@ import pytest
 from flax import nnx
 
 from galore_jax.errors import UserError
+from galore_jax.models.attention import causal_attention, rotary
 from galore_jax.models.config import LlamaConfig
 from galore_jax.models.llama import (
     Llama,
     RMSNorm,
     apply,
     block_graphdef,
-    causal_attention,
     count_params,
     init_params,
     linear,
-    rotary,
 )
 from galore_jax.models.losses import cross_entropy
 from galore_jax.models.presets import PRESETS
