@@ -1,12 +1,14 @@
 """From documents to batches of tokens and targets, from any position on."""
 
+import atexit
 import dataclasses
+import weakref
 from collections.abc import Iterator
 
 import grain
 import numpy as np
 
-from galore_jax.data.c4 import RandomAccess, Shards, find_c4
+from galore_jax.data.c4 import RandomAccess, Shards, check_tfds, find_c4
 from galore_jax.data.packing import PackedRows
 from galore_jax.data.sample import prepare_sample
 from galore_jax.data.tokenizer import Tokenizer, check_vocabulary
@@ -59,6 +61,7 @@ class TextData:
           UserError: data or tokenizer missing or unreadable; a tokenizer of more ids than
             ``vocab_size``.
         """
+        check_tfds()
         self._config = config
         self._source: RandomAccess | Shards
         if config.name == "sample":
@@ -86,9 +89,12 @@ class TextData:
         returned last; ``set_state`` takes it up exactly, in another process too.
         """
         rows = self._rows("train", seed=seed).batch(batch_size, drop_remainder=True)
-        return iter(
+        batches = iter(
             grain.experimental.ThreadPrefetchIterDataset(rows, prefetch_buffer_size=_BATCHES_AHEAD)
         )
+        # A thread that is still tokenising when the interpreter ends aborts the whole process.
+        atexit.register(_close, weakref.ref(batches))
+        return batches
 
     def eval_batches(self, *, batch_size: int) -> Iterator[Batch]:
         """The held-out split once, in its own order; the last batch is filled with rows of -1."""
@@ -106,6 +112,11 @@ class TextData:
             return PackedRows(documents, length, pad_id=pad_id, ignored=IGNORED)
         eos_id = self.tokenizer.eos_id
         return documents.map(lambda ids: document_row(ids, length, eos_id=eos_id, pad_id=pad_id))
+
+
+def _close(batches: weakref.ref[grain.DatasetIterator[Batch]]) -> None:
+    if (iterator := batches()) is not None:
+        iterator.close()
 
 
 def document_row(ids: np.ndarray, length: int, *, eos_id: int, pad_id: int) -> Batch:

@@ -6,6 +6,7 @@ Each opens as a Grain ``IterDataset`` of texts whose position is saved and resto
 import dataclasses
 import gzip
 import json
+import re
 import zlib
 from collections.abc import Iterator
 from pathlib import Path
@@ -14,6 +15,7 @@ from typing import Any
 import grain
 import numpy as np
 import tensorflow_datasets as tfds
+from google.protobuf.message import DecodeError
 
 from galore_jax.errors import UserError
 
@@ -26,6 +28,19 @@ _HOW_TO = (
 )
 
 
+def check_tfds() -> None:
+    """Checks that tensorflow_datasets can be used: some of its failures to import are silent.
+
+    Raises:
+      UserError: it cannot; what to install.
+    """
+    if not hasattr(tfds, "data_source"):
+        raise UserError(
+            "tensorflow_datasets did not import whole, as with protobuf 5 beside a newer "
+            "tensorflow-metadata; pip install -U protobuf tensorflow-metadata"
+        )
+
+
 def find_c4(data_dir: str | None) -> "RandomAccess | Shards":
     """Finds C4 in a folder.
 
@@ -36,17 +51,13 @@ def find_c4(data_dir: str | None) -> "RandomAccess | Shards":
     Raises:
       UserError: no C4 there: where it was looked for, and what prepares it.
     """
-    if not hasattr(tfds, "data_source"):
-        raise UserError(
-            "tensorflow_datasets did not import whole, as with protobuf 5 beside a newer "
-            "tensorflow-metadata; pip install -U protobuf tensorflow-metadata"
-        )
     if data_dir is None:
         raise UserError(f"config.data.data_dir is not set and C4 must be on disk; {_HOW_TO}")
     root = Path(data_dir).expanduser()
+    folders = (path.parent for path in (root / "c4" / "en").glob("*/dataset_info.json"))
     prepared = sorted(
-        (path.parent for path in (root / "c4" / "en").glob("*/dataset_info.json")),
-        key=lambda path: [int(n) if n.isdigit() else -1 for n in path.name.split(".")],
+        (path for path in folders if re.fullmatch(r"\d+\.\d+\.\d+", path.name)),
+        key=lambda path: [int(number) for number in path.name.split(".")],
     )
     if prepared:
         return _open_tfds(root, prepared[-1])
@@ -66,18 +77,17 @@ def find_c4(data_dir: str | None) -> "RandomAccess | Shards":
 def _open_tfds(root: Path, folder: Path) -> "RandomAccess | Shards":
     info = tfds.builder_from_directory(folder).info
     _check_splits({name: split.num_examples for name, split in info.splits.items()}, folder)
+    paths = {
+        split: [Path(path) for path in info.splits[split].filepaths]
+        for split in ("train", "validation")
+    }
+    missing = [path for split in paths.values() for path in split if not path.exists()]
+    if missing:
+        raise UserError(f"C4 in {folder} is incomplete: {missing[0].name} is missing")
     if info.file_format == tfds.core.FileFormat.ARRAY_RECORD:
-        name = f"c4/en:{folder.name}"
-        return RandomAccess(name, root)
+        return RandomAccess(f"c4/en:{folder.name}", root)
     if info.file_format == tfds.core.FileFormat.TFRECORD:
         features: Any = info.features
-        paths = {
-            split: [Path(path) for path in info.splits[split].filepaths]
-            for split in ("train", "validation")
-        }
-        missing = [path for split in paths.values() for path in split if not path.exists()]
-        if missing:
-            raise UserError(f"C4 in {folder} is incomplete: {missing[0].name} is missing")
         return Shards(lambda path: _TFRecords(path, features), paths)
     raise UserError(
         f"C4 in {folder} has TFDS's format {info.file_format}, which is not read here; "
@@ -153,6 +163,8 @@ class _ShardTextsIterator(grain.DatasetIterator[str]):
 
     def _go_to(self, epoch: int, place: int) -> None:
         self._epoch, self._place = epoch, place
+        if place == 0:
+            self._epoch_is_empty = True
         if self._seed is None:
             order = np.arange(len(self._paths))
         else:
@@ -164,9 +176,13 @@ class _ShardTextsIterator(grain.DatasetIterator[str]):
     def __next__(self) -> str:
         while self._shard is not None:
             try:
-                return next(self._shard)
+                text = next(self._shard)
+                self._epoch_is_empty = False
+                return text
             except StopIteration:
                 if self._place + 1 == len(self._paths) and self._seed is not None:
+                    if self._epoch_is_empty:
+                        raise UserError(f"no documents in {self._paths[0].parent}") from None
                     self._go_to(self._epoch + 1, 0)
                 else:
                     self._go_to(self._epoch, self._place + 1)
@@ -178,19 +194,41 @@ class _ShardTextsIterator(grain.DatasetIterator[str]):
 
     def set_state(self, state: dict[str, Any]) -> None:
         self._go_to(state["epoch"], state["place"])
+        self._epoch_is_empty = False  # as far as this iterator knows
         if self._shard is not None:
             self._shard.set_state(state["shard"])
 
 
 class _TFRecords(grain.IterDataset[str]):
     def __init__(self, path: Path, features: Any):
-        super().__init__()
-        self._records = grain.experimental.TFRecordIterDataset(str(path)).map(
-            lambda record: _text(features.deserialize_example_np(record))
-        )
+        super().__init__(grain.experimental.TFRecordIterDataset(str(path)))
+        self._path, self._features = path, features
 
-    def __iter__(self) -> grain.DatasetIterator[str]:
-        return iter(self._records)
+    def __iter__(self) -> "_TFRecordsIterator":
+        return _TFRecordsIterator(self._parent.__iter__(), self._path, self._features)
+
+
+class _TFRecordsIterator(grain.DatasetIterator[str]):
+    """State: Grain's reader's, the number of bytes read."""
+
+    def __init__(self, records: grain.DatasetIterator[bytes], path: Path, features: Any):
+        super().__init__(records)
+        self._path, self._features = path, features
+
+    def __next__(self) -> str:
+        begin = self._parent.get_state()["reader_offset"]
+        try:
+            return _text(self._features.deserialize_example_np(next(self._parent)))
+        except (ValueError, KeyError, OverflowError, MemoryError, DecodeError) as error:
+            raise UserError(
+                f"{self._path} is damaged after byte {begin}; copy or prepare it again"
+            ) from error
+
+    def get_state(self) -> dict[str, Any]:
+        return self._parent.get_state()
+
+    def set_state(self, state: dict[str, Any]) -> None:
+        self._parent.set_state(state)
 
 
 class _JsonLines(grain.IterDataset[str]):

@@ -12,6 +12,7 @@ import importlib.metadata
 import importlib.util
 import json
 import os
+import random
 import re
 import shutil
 import tempfile
@@ -22,8 +23,6 @@ from typing import Any
 
 import tensorflow_datasets as tfds
 from array_record.python.array_record_module import ArrayRecordWriter
-from tensorflow_datasets.core import dataset_info
-from tensorflow_datasets.core import splits as splits_lib
 
 from galore_jax.data.tokenizer import train_tokenizer
 from galore_jax.errors import UserError
@@ -58,7 +57,7 @@ def prepare_sample() -> tuple[Path, Path]:
     cache = Path(os.environ.get("GALORE_JAX_CACHE", "~/.cache/galore_jax")).expanduser()
     folder = cache / f"sample-{_FORMAT}-botocore-{version}"
     if not folder.exists():
-        print(f"building the sample corpus in {folder} (once, about 30 s)", flush=True)
+        print(f"building the sample corpus in {folder} (once, some seconds)", flush=True)
         begun = time.monotonic()
         try:
             documents = _build(folder)
@@ -98,18 +97,49 @@ def _botocore_data() -> Path:
 
 
 def _documents(root: Path) -> dict[str, list[str]]:
-    """Documents of each split; a paragraph is in one of them once, and a service in one split."""
+    """Documents of each split, in a random order that is always the same.
+
+    A paragraph occurs once, a service is in one split, and what a held-out service shares with the
+    others, word for word, is left out.
+    """
     seen: set[str] = set()
-    documents: dict[str, list[str]] = {"train": [], "validation": []}
+    services: dict[str, list[list[str]]] = {"train": [], "validation": []}
     for service in sorted(path for path in root.iterdir() if path.is_dir()):
-        split = "validation" if _is_held_out(service.name) else "train"
         paragraphs = []
         for paragraph in _paragraphs(service):
             if paragraph not in seen:
                 seen.add(paragraph)
                 paragraphs.append(paragraph)
-        documents[split].extend(_packed(paragraphs))
+        services["validation" if _is_held_out(service.name) else "train"].append(paragraphs)
+    services["validation"] = _without_near_duplicates(services["validation"], services["train"])
+    documents = {}
+    for split, of_split in services.items():
+        documents[split] = [text for paragraphs in of_split for text in _packed(paragraphs)]
+        random.Random(0).shuffle(documents[split])
     return documents
+
+
+def _without_near_duplicates(held_out: list[list[str]], train: list[list[str]]) -> list[list[str]]:
+    """Drops each held-out paragraph with more than half of its 8-word sequences in ``train``."""
+    ours = {gram for service in held_out for paragraph in service for gram in _grams(paragraph)}
+    shared = {
+        gram
+        for service in train
+        for paragraph in service
+        for gram in _grams(paragraph)
+        if gram in ours
+    }
+
+    def is_new(paragraph: str) -> bool:
+        grams = _grams(paragraph)
+        return sum(gram in shared for gram in grams) <= len(grams) / 2
+
+    return [[paragraph for paragraph in service if is_new(paragraph)] for service in held_out]
+
+
+def _grams(paragraph: str, words: int = 8) -> list[tuple[str, ...]]:
+    split = paragraph.split()
+    return [tuple(split[i : i + words]) for i in range(max(1, len(split) - words + 1))]
 
 
 def _is_held_out(service: str) -> bool:
@@ -168,6 +198,10 @@ def _packed(paragraphs: list[str]) -> Iterator[str]:
 
 def _write_tfds(folder: Path, documents: dict[str, list[str]]) -> None:
     """Writes array_record shards and TFDS's description of them, without TensorFlow."""
+    # Here and not above: they fail where tensorflow_datasets did not import whole.
+    from tensorflow_datasets.core import dataset_info
+    from tensorflow_datasets.core import splits as splits_lib
+
     folder.mkdir(parents=True)
     features = tfds.features.FeaturesDict({key: tfds.features.Text() for key in _KEYS})
     identity = dataset_info.DatasetIdentity(

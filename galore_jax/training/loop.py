@@ -78,6 +78,7 @@ def train(config: settings.Config, workdir: Path) -> None:
                 progress.message(f"resuming from step {restored.step} of {config.train_steps}")
                 state = run.resume(restored)
             run.train(state, metrics, progress, stop)
+        print(run.last_words(stop))
 
 
 class _Run:
@@ -154,11 +155,9 @@ class _Run:
                 self.seconds = seconds_before + time.monotonic() - begun
                 self._save(state)
             speed.exclude(time.monotonic() - paused)
-            progress.exclude(time.monotonic() - paused)
             if last:
                 break
         self.saved.wait()
-        progress.message(self._last_words(stop))
 
     def _record(
         self, step: int, numbers: Any, metrics: MetricsLog, progress: Progress, speed: "_Speed"
@@ -227,7 +226,8 @@ class _Run:
             {"batches": self.batches.get_state(), "tokens": self.tokens, "seconds": self.seconds},
         )
 
-    def _last_words(self, stop: StopRequest) -> str:
+    def last_words(self, stop: StopRequest) -> str:
+        """What became of the run, in one line."""
         if self.step < self.config.train_steps:
             return (
                 f"stopped by {stop.name} after step {self.step} of {self.config.train_steps}, "

@@ -48,7 +48,7 @@ class Progress:
     again however the block is left.
 
     The time left is the pace of the last minute of updates times the steps that remain. The time
-    before the first update is no part of it (the first steps compile), nor is what `exclude` names.
+    before the first update is no part of it.
 
     Args:
       total: The run's last step.
@@ -75,7 +75,6 @@ class Progress:
         self._console = Console() if console is None else console
         self._clock = clock
         self._begun = clock()
-        self._excluded = 0.0
         self._samples: collections.deque[tuple[int, float]] = collections.deque()
         self._loss: float | None = None
         self._learning_rate: float | None = None
@@ -109,7 +108,7 @@ class Progress:
         tokens_per_second: float | None = None,
     ) -> None:
         """Moves on to `step`; with a loss, shows the numbers given and, off a terminal, a line."""
-        now = self._clock() - self._excluded
+        now = self._clock()
         self._step = step
         self._samples.append((step, now))
         while len(self._samples) > _WINDOW_SAMPLES and now - self._samples[1][1] >= _WINDOW_SECONDS:
@@ -124,10 +123,6 @@ class Progress:
             fields = self._fields(" tokens/s")
             del fields["elapsed"]
             self.message("step " + "  ".join(fields.values()))
-
-    def exclude(self, seconds: float) -> None:
-        """Leaves out of the pace a time that will not come again, such as compiling a step."""
-        self._excluded += seconds
 
     def message(self, text: str) -> None:
         """Prints `text`, as it is, above the bar."""

@@ -1,5 +1,7 @@
 import itertools
 import json
+import subprocess
+import sys
 
 import numpy as np
 import pytest
@@ -106,6 +108,30 @@ def test_packed_state_restores_within_a_document_longer_than_a_batch(tokenizer_p
         restored = data.train_batches(batch_size=2, seed=0)
         restored.set_state(json.loads(state))
         assert take(restored, 1) == following
+
+
+_OTHER_PROCESS = """
+import json, sys
+from galore_jax.data import c4
+from galore_jax.data.batches import DataConfig, TextData
+c4._WINDOW = 10
+config, state = json.loads(sys.argv[1])
+batches = TextData(DataConfig(**config), vocab_size=320).train_batches(batch_size=3, seed=5)
+batches.set_state(state)
+print(json.dumps([next(batches)["tokens"].tolist() for _ in range(4)]))
+"""
+
+
+@pytest.mark.slow
+def test_state_restores_in_another_process(c4, tokenizer_path):
+    config = DataConfig("c4", c4, tokenizer_path, seq_len=16, packing=True)
+    batches = TextData(config, vocab_size=320).train_batches(batch_size=3, seed=5)
+    take(batches, 7)
+    argument = json.dumps([vars(config), batches.get_state()])
+    output = subprocess.run(
+        [sys.executable, "-c", _OTHER_PROCESS, argument], check=True, capture_output=True, text=True
+    ).stdout
+    assert json.loads(output) == take(batches, 4)
 
 
 def test_packed_eval_loses_and_repeats_nothing(c4, tokenizer_path):
