@@ -87,3 +87,12 @@ def test_killed_and_built_twice_at_once(tmp_path):
     (folder,) = (path for path in tmp_path.iterdir() if "partial" not in path.name)
     assert len(list(find_c4(str(folder)).texts("validation", seed=None))) > 100
     assert Tokenizer(folder / "tokenizer.model").vocab_size == sample.VOCAB_SIZE
+
+
+def test_near_duplicates_of_training_paragraphs_are_not_held_out():
+    words = [f"word{i}" for i in range(60)]
+    train = " ".join(words)
+    one_word_changed = " ".join([*words[:30], "other", *words[31:]])
+    only_the_start = " ".join([*words[:20], *(f"new{i}" for i in range(40))])
+    kept = sample._without_near_duplicates([[one_word_changed, only_the_start]], [[train]])
+    assert kept == [[only_the_start]]
