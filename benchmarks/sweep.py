@@ -8,8 +8,10 @@ interrupted goes on where it was. ``--jobs`` runs go side by side, each on a cor
 
 import argparse
 import concurrent.futures
+import importlib.metadata
 import os
 import queue
+import shlex
 import subprocess
 import sys
 from pathlib import Path
@@ -74,7 +76,12 @@ def main() -> None:
     ]
     with concurrent.futures.ThreadPoolExecutor(arguments.jobs) as pool:
         losses = dict(zip(grid, pool.map(lambda point: run(*point), grid), strict=True))
-    arguments.out.write_text(table(losses, arguments.peak_lr, arguments.scale))
+    command = shlex.join(["python", "benchmarks/sweep.py", *sys.argv[1:]])
+    arguments.out.write_text(
+        f"# GaLore and full gradients over one grid: {arguments.config}\n\n    {command}\n\n"
+        f"One seed, jax {importlib.metadata.version('jax')}. The best of each grid is in bold.\n\n"
+        + table(losses, arguments.peak_lr, arguments.scale)
+    )
 
 
 def table(
@@ -82,7 +89,7 @@ def table(
 ) -> str:
     lines = []
     for method, knob in KNOB.items():
-        lines += [f"`method={method}`: eval loss in nats", ""]
+        lines += [f"## method={method}: eval loss, nats a token", ""]
         lines += ["| peak_lr \\ " + knob + " | " + " | ".join(f"{s:g}" for s in scales) + " |"]
         lines += ["|---" * (len(scales) + 1) + "|"]
         best = min(loss for (m, _, _), loss in losses.items() if m == method)
@@ -91,7 +98,7 @@ def table(
             cells = [f"**{x:.4f}**" if x == best else f"{x:.4f}" for x in row]
             lines.append(f"| {peak_lr:g} | " + " | ".join(cells) + " |")
         lines.append("")
-    return "\n".join(lines)
+    return "\n".join(lines).rstrip() + "\n"
 
 
 if __name__ == "__main__":
