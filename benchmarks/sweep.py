@@ -3,14 +3,12 @@
   python benchmarks/sweep.py --out=docs/sweep_sample.md
 
 Each run is ``train.py`` with overrides in a folder of its own under ``--workdir``: a sweep that is
-interrupted goes on where it was. ``--jobs`` runs go side by side, each on a core of its own.
+interrupted goes on where it was.
 """
 
 import argparse
-import concurrent.futures
 import importlib.metadata
-import os
-import queue
+import itertools
 import shlex
 import subprocess
 import sys
@@ -22,8 +20,37 @@ ROOT = Path(__file__).parents[1]
 KNOB = {"galore": "galore.scale", "full": "optimizer.matrix_lr_scale"}
 
 
-def final_eval_loss(workdir: Path) -> float:
+def final_eval_loss(config: str, workdir: Path, method: str, peak_lr: float, scale: float) -> float:
+    command = [
+        sys.executable,
+        str(ROOT / "train.py"),
+        f"--config={config}:method={method}",
+        f"--config.schedule.peak_lr={peak_lr}",
+        f"--config.{KNOB[method]}={scale}",
+        "--config.eval_every_steps=0",
+        "--config.checkpoint_every_steps=0",
+        f"--workdir={workdir}",
+    ]
+    done = subprocess.run(command, check=False, stdout=subprocess.DEVNULL)
+    if done.returncode != 0:
+        return float("inf")  # it diverged, and has said so
     return [line["eval_loss"] for line in read_metrics(workdir) if "eval_loss" in line][-1]
+
+
+def table(losses: dict[tuple[float, float], float], method: str) -> list[str]:
+    peak_lrs, scales = (sorted(set(values)) for values in zip(*losses, strict=True))
+    lines = [
+        f"## method={method}: eval loss, nats a token",
+        "",
+        f"| peak_lr \\ {KNOB[method]} | " + " | ".join(f"{scale:g}" for scale in scales) + " |",
+        "|---" * (len(scales) + 1) + "|",
+    ]
+    best = min(losses.values())
+    for peak_lr in peak_lrs:
+        row = [losses[peak_lr, scale] for scale in scales]
+        cells = [f"**{loss:.4f}**" if loss == best else f"{loss:.4f}" for loss in row]
+        lines.append(f"| {peak_lr:g} | " + " | ".join(cells) + " |")
+    return [*lines, ""]
 
 
 def main() -> None:
@@ -31,74 +58,29 @@ def main() -> None:
         description=__doc__, formatter_class=argparse.RawTextHelpFormatter
     )
     parser.add_argument("--config", default="configs/sample.py")
-    parser.add_argument("--peak_lr", type=float, nargs="+", default=[0.005, 0.01, 0.02])
-    parser.add_argument("--scale", type=float, nargs="+", default=[0.125, 0.25, 0.5])
+    parser.add_argument("--peak_lr", type=float, nargs="+", default=[0.01, 0.02, 0.04])
+    parser.add_argument("--scale", type=float, nargs="+", default=[0.03125, 0.0625, 0.125])
     parser.add_argument("--workdir", type=Path, default=Path("runs/sweep"))
     parser.add_argument("--out", type=Path, required=True, help="the Markdown table to write")
-    parser.add_argument("--jobs", type=int, default=os.cpu_count())
     arguments = parser.parse_args()
 
-    cores: queue.SimpleQueue[int] = queue.SimpleQueue()
-    for core in sorted(os.sched_getaffinity(0))[: arguments.jobs]:
-        cores.put(core)
-
-    def run(method: str, peak_lr: float, scale: float) -> float:
-        workdir = arguments.workdir / f"{method}-lr{peak_lr:g}-scale{scale:g}"
-        command = [
-            sys.executable,
-            str(ROOT / "train.py"),
-            f"--config={arguments.config}:method={method}",
-            f"--config.schedule.peak_lr={peak_lr}",
-            f"--config.{KNOB[method]}={scale}",
-            "--config.eval_every_steps=0",
-            "--config.checkpoint_every_steps=0",
-            f"--workdir={workdir}",
-        ]
-        core = cores.get()
-        try:
-            done = subprocess.run(
-                command,
-                check=False,
-                stdout=subprocess.DEVNULL,
-                preexec_fn=lambda: os.sched_setaffinity(0, {core}),
-            )
-        finally:
-            cores.put(core)
-        loss = final_eval_loss(workdir) if done.returncode == 0 else float("nan")
-        print(f"{method} peak_lr={peak_lr:g} scale={scale:g}: eval loss {loss:.4f}", flush=True)
-        return loss
-
-    grid: list[tuple[str, float, float]] = [
-        (method, peak_lr, scale)
-        for method in KNOB
-        for peak_lr in arguments.peak_lr
-        for scale in arguments.scale
+    lines = [
+        f"# GaLore and full gradients over one grid: {arguments.config}",
+        "",
+        "    " + shlex.join(["python", "benchmarks/sweep.py", *sys.argv[1:]]),
+        "",
+        f"One seed, jax {importlib.metadata.version('jax')}. The best of each grid is in bold.",
+        "",
     ]
-    with concurrent.futures.ThreadPoolExecutor(arguments.jobs) as pool:
-        losses = dict(zip(grid, pool.map(lambda point: run(*point), grid), strict=True))
-    command = shlex.join(["python", "benchmarks/sweep.py", *sys.argv[1:]])
-    arguments.out.write_text(
-        f"# GaLore and full gradients over one grid: {arguments.config}\n\n    {command}\n\n"
-        f"One seed, jax {importlib.metadata.version('jax')}. The best of each grid is in bold.\n\n"
-        + table(losses, arguments.peak_lr, arguments.scale)
-    )
-
-
-def table(
-    losses: dict[tuple[str, float, float], float], peak_lrs: list[float], scales: list[float]
-) -> str:
-    lines = []
-    for method, knob in KNOB.items():
-        lines += [f"## method={method}: eval loss, nats a token", ""]
-        lines += ["| peak_lr \\ " + knob + " | " + " | ".join(f"{s:g}" for s in scales) + " |"]
-        lines += ["|---" * (len(scales) + 1) + "|"]
-        best = min(loss for (m, _, _), loss in losses.items() if m == method)
-        for peak_lr in peak_lrs:
-            row = [losses[method, peak_lr, scale] for scale in scales]
-            cells = [f"**{x:.4f}**" if x == best else f"{x:.4f}" for x in row]
-            lines.append(f"| {peak_lr:g} | " + " | ".join(cells) + " |")
-        lines.append("")
-    return "\n".join(lines).rstrip() + "\n"
+    for method in KNOB:
+        losses = {}
+        for peak_lr, scale in itertools.product(arguments.peak_lr, arguments.scale):
+            workdir = arguments.workdir / f"{method}-lr{peak_lr:g}-scale{scale:g}"
+            loss = final_eval_loss(arguments.config, workdir, method, peak_lr, scale)
+            losses[peak_lr, scale] = loss
+            print(f"{method} peak_lr={peak_lr:g} scale={scale:g}: eval loss {loss:.4f}", flush=True)
+        lines += table(losses, method)
+    arguments.out.write_text("\n".join(lines))
 
 
 if __name__ == "__main__":
