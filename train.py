@@ -11,27 +11,33 @@ r"""Pre-trains a LLaMA, with GaLore or the full gradients, on one device.
 The same command again resumes the run in its workdir, or says that it is complete.
 """
 
+import os
 import sys
 from pathlib import Path
-
-from galore_jax.errors import UserError
-from galore_jax.training.command import parse
 
 
 def main() -> int:
     """Parses the flags and trains; 0, or 2 after a one-line error, 130 if interrupted."""
     try:
-        arguments = parse(sys.argv, usage=__doc__ or "", configs=Path(__file__).parent / "configs")
-        if arguments is not None:
-            from galore_jax.training.loop import train
+        from galore_jax.errors import UserError
+        from galore_jax.training.command import parse
 
-            train(arguments.config, arguments.workdir)
-    except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
+        try:
+            configs = Path(__file__).resolve().parent / "configs"
+            arguments = parse(sys.argv, usage=__doc__ or "", configs=configs)
+            if arguments is not None:
+                from galore_jax.training.loop import train
+
+                train(arguments.config, arguments.workdir)
+        except UserError as error:
+            print(f"error: {error}", file=sys.stderr)
+            return 2
     except KeyboardInterrupt:
         print("interrupted; run the same command again to go on", file=sys.stderr)
         return 130
+    except BrokenPipeError:  # as in `python train.py | head`
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 141
     return 0
 
 

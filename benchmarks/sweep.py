@@ -63,6 +63,7 @@ def main() -> None:
     parser.add_argument("--workdir", type=Path, default=Path("runs/sweep"))
     parser.add_argument("--out", type=Path, required=True, help="the Markdown table to write")
     arguments = parser.parse_args()
+    arguments.out.parent.mkdir(parents=True, exist_ok=True)
 
     lines = [
         f"# GaLore and full gradients over one grid: {arguments.config}",

@@ -19,33 +19,35 @@ def get_config(arg: str = "") -> ConfigDict:
     """
     config = ConfigDict()
 
-    config.method = "galore"  # "galore", or "full": the optimizer on the full gradients
+    # "galore", or "full": the optimizer on the full gradients. Choose after the colon of --config,
+    # as in --config=configs/llama_60m.py:method=full, so that the learning rate goes with it.
+    config.method = "galore"
     config.seed = 0  # of the initial weights and of the order of the data
     config.train_steps = 10_000  # updates
     config.batch_size = 512  # sequences an update
     config.micro_batch_size = 16  # sequences at a time; their gradients add up to a batch
-    config.log_every_steps = 10
+    config.log_every_steps = 10  # a line of metrics.jsonl
     config.eval_every_steps = 1_000  # 0: only at the end
     config.eval_tokens = 10_000_000  # held-out tokens an evaluation, to the next whole batch
     config.checkpoint_every_steps = 1_000  # 0: only at the end
     config.keep_checkpoints = 2  # the newest ones
     config.tensorboard = False  # write event files to the workdir too
     config.dtype = "bfloat16"  # of activations and matrix products
-    config.param_dtype = "bfloat16"  # of weights, gradients and optimizer state
+    config.param_dtype = "bfloat16"  # of weights, gradients, projectors and moments
     config.remat = False  # recompute each block in the backward pass, to save memory
 
     config.model = ConfigDict()
-    config.model.vocab_size = 32_000
-    config.model.hidden_size = 512
+    config.model.vocab_size = 32_000  # at least the tokenizer's
+    config.model.hidden_size = 512  # width of the residual stream
     config.model.intermediate_size = 1376  # inside the gated MLP
-    config.model.num_layers = 8
-    config.model.num_heads = 8
+    config.model.num_layers = 8  # blocks
+    config.model.num_heads = 8  # query heads
     config.model.num_kv_heads = config_dict.placeholder(int)  # None: num_heads
     config.model.head_dim = config_dict.placeholder(int)  # None: hidden_size / num_heads
-    config.model.rms_norm_eps = 1e-6
-    config.model.rope_theta = 1e4
+    config.model.rms_norm_eps = 1e-6  # added to the mean square
+    config.model.rope_theta = 1e4  # base of the rotary frequencies
     config.model.tie_embeddings = False  # the embedding's transpose as the head
-    config.model.init_std = 0.02
+    config.model.init_std = 0.02  # of embedding, kernels and head
     config.model.attention_implementation = config_dict.placeholder(str)  # None, "xla", "cudnn"
     config.model.loss_chunk_tokens = 1024  # rows of logits that exist at a time
 
@@ -57,19 +59,22 @@ def get_config(arg: str = "") -> ConfigDict:
     config.data.packing = False  # False: a document a row, cut or padded, as in the paper
 
     config.schedule = ConfigDict()
-    config.schedule.peak_lr = 0.01
-    config.schedule.warmup_steps = 1_000  # linear from 0
+    config.schedule.peak_lr = 0.01  # reached at the end of the warm-up
+    config.schedule.warmup_steps = config_dict.placeholder(int)  # None: a tenth of train_steps
     config.schedule.final_lr_ratio = 0.1  # cosine to this part of peak_lr at train_steps
 
     config.optimizer = ConfigDict()
-    config.optimizer.name = "adamw"  # "adafactor", or any alias of optax or optax.contrib
+    # "adafactor", or any alias of optax or optax.contrib. Norms that an alias takes over a leaf
+    # (lamb, lars, adafactor's clipping) go over all layers: blocks are stacked.
+    config.optimizer.name = "adamw"
     config.optimizer.b1 = config_dict.placeholder(float)  # None: the alias's own default
-    config.optimizer.b2 = config_dict.placeholder(float)
-    config.optimizer.eps = config_dict.placeholder(float)
-    config.optimizer.weight_decay = 0.0
-    config.optimizer.clip_norm = config_dict.placeholder(float)  # of the whole gradient
-    config.optimizer.matrix_lr_scale = 1.0  # method "full": factor on the updates of the matrices
-    # that GaLore would project, whose own `scale` is in effect a second learning rate
+    config.optimizer.b2 = config_dict.placeholder(float)  # None: the alias's own default
+    config.optimizer.eps = config_dict.placeholder(float)  # None: the alias's own default
+    config.optimizer.weight_decay = 0.0  # decoupled, of every weight; times the learning rate
+    config.optimizer.clip_norm = config_dict.placeholder(float)  # of the whole gradient; None: no
+    # Method "full": factor on the updates of the matrices that GaLore would project. GaLore's scale
+    # is in effect a second learning rate, and a fair baseline has the same knob.
+    config.optimizer.matrix_lr_scale = 1.0
 
     config.galore = ConfigDict()
     config.galore.rank = 128

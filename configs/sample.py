@@ -28,7 +28,6 @@ def get_config(arg: str = "") -> ConfigDict:
     config.data.packing = True
 
     config.schedule.peak_lr = 0.01
-    config.schedule.warmup_steps = 60
     config.galore.rank = 64
     config.galore.update_proj_gap = 50
     return config

@@ -12,6 +12,7 @@ def update_and_decay(
     updates: optax.Updates,
     state: optax.OptState,
     params: optax.Params,
+    selected: Any,
     extra_args: dict[str, Any],
 ) -> tuple[optax.Updates, Any, optax.OptState]:
     """An optimizer's update and, for each leaf, its coefficient c of decoupled weight decay.
@@ -25,39 +26,43 @@ def update_and_decay(
       updates: gradients, a tree of arrays.
       state: the optimizer's state.
       params: the tree of weights that it sees.
+      selected: the leaves whose coefficient is wanted, a tree of bools.
       extra_args: passed on to its ``update``.
 
     Returns:
-      The updates; a tree of () coefficients, with None for a leaf whose update does not depend on
-      params; and the new state.
+      The updates; a tree of () coefficients, with None for a leaf that is not selected or whose
+      update does not depend on params; and the new state.
 
     >>> import jax.numpy as jnp, optax
     >>> tx = optax.with_extra_args_support(optax.adamw(1.0, weight_decay=0.25))
     >>> params = {"w": jnp.array([1.0, 2.0])}
-    >>> _, decay, _ = update_and_decay(tx, params, tx.init(params), params, {})
+    >>> _, decay, _ = update_and_decay(tx, params, tx.init(params), params, {"w": True}, {})
     >>> float(decay["w"])
     -0.25
     """
+    weights, treedef = jax.tree.flatten(params)
+    chosen = [i for i, wanted in enumerate(jax.tree.leaves(selected)) if wanted]
     reads_params: set[int] = set()
 
-    def inner_update(params: optax.Params) -> tuple[optax.Updates, optax.OptState]:
-        new_updates, new_state = inner.update(updates, state, params, **extra_args)
-        leaves, treedef = jax.tree.flatten(new_updates)
-        noted = [_note_tangent(leaf, i, reads_params) for i, leaf in enumerate(leaves)]
-        return treedef.unflatten(noted), new_state
+    def inner_update(of_chosen: list[jax.Array]) -> tuple[list[jax.Array], Any]:
+        seen = list(weights)
+        for i, weight in zip(chosen, of_chosen, strict=True):
+            seen[i] = weight
+        new_updates, new_state = inner.update(updates, state, treedef.unflatten(seen), **extra_args)
+        leaves = jax.tree.leaves(new_updates)
+        noted = [_note_tangent(leaves[i], i, reads_params) for i in chosen]
+        return noted, (new_updates, new_state)
 
-    ones = jax.tree.map(jnp.ones_like, params)
-    new_updates, slope, new_state = jax.jvp(inner_update, (params,), (ones,), has_aux=True)
+    primals = [weights[i] for i in chosen]
+    ones = [jnp.ones_like(weight) for weight in primals]
+    _, slopes, (new_updates, new_state) = jax.jvp(inner_update, (primals,), (ones,), has_aux=True)
 
-    def coefficient(i: int, slope: jax.Array) -> jax.Array | None:
-        if i not in reads_params:
-            return None
-        first = slope.ravel()[0]
-        return jnp.where((slope == first).all(), first, jnp.zeros_like(first))
-
-    leaves, treedef = jax.tree.flatten(slope)
-    decay = treedef.unflatten([coefficient(i, leaf) for i, leaf in enumerate(leaves)])
-    return new_updates, decay, new_state
+    decay: list[jax.Array | None] = [None] * len(weights)
+    for i, slope in zip(chosen, slopes, strict=True):
+        if i in reads_params:
+            first = slope.ravel()[0]
+            decay[i] = jnp.where((slope == first).all(), first, jnp.zeros_like(first))
+    return new_updates, treedef.unflatten(decay), new_state
 
 
 def _note_tangent(leaf: jax.Array, index: int, found: set[int]) -> jax.Array:

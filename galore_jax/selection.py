@@ -31,7 +31,8 @@ def is_projected(params: Any, target_modules: str | Sequence[str] | None = None)
       A tree of bools with the params' structure: a mask as Optax takes it.
 
     Raises:
-      ValueError: a ``target_modules`` that selects nothing; some of the paths are listed.
+      TypeError: a ``target_modules`` that is no string and no sequence of strings.
+      ValueError: one that is no regular expression, or that selects nothing (paths are listed).
 
     >>> import jax.numpy as jnp
     >>> params = {"embed": jnp.ones((8, 4)), "mlp": {"kernel": jnp.ones((2, 4, 6))}}
@@ -39,12 +40,13 @@ def is_projected(params: Any, target_modules: str | Sequence[str] | None = None)
     ({'embed': True, 'mlp': {'kernel': False}}, {'embed': False, 'mlp': {'kernel': True}})
     """
     if target_modules is None:
-        return jax.tree.map(lambda leaf: jnp.ndim(leaf) == 2, params)
-    patterns = [target_modules] if isinstance(target_modules, str) else list(target_modules)
+        return jax.tree.map(lambda leaf: jnp.ndim(leaf) == 2 and jnp.size(leaf) > 0, params)
+    patterns = compiled_patterns(target_modules)
 
     def selected(key_path: tuple[Any, ...], leaf: Any) -> bool:
         path = leaf_path(key_path)
-        return jnp.ndim(leaf) >= 2 and any(re.search(pattern, path) for pattern in patterns)
+        is_matrix = jnp.ndim(leaf) >= 2 and jnp.size(leaf) > 0
+        return is_matrix and any(pattern.search(path) for pattern in patterns)
 
     mask = jax.tree_util.tree_map_with_path(selected, params)
     paths = [leaf_path(path) for path, _ in jax.tree_util.tree_leaves_with_path(params)]
@@ -55,3 +57,26 @@ def is_projected(params: Any, target_modules: str | Sequence[str] | None = None)
             + (", ..." if len(paths) > 5 else "")
         )
     return mask
+
+
+def compiled_patterns(target_modules: str | Sequence[str]) -> list[re.Pattern[str]]:
+    """The regular expressions of ``target_modules``.
+
+    Raises:
+      TypeError, ValueError: see :func:`is_projected`.
+
+    >>> compiled_patterns("attn")
+    [re.compile('attn')]
+    """
+    patterns = [target_modules] if isinstance(target_modules, str) else target_modules
+    if not isinstance(patterns, Sequence) or not all(isinstance(p, str) for p in patterns):
+        raise TypeError(
+            "target_modules must be a regular expression, a sequence of them or None, "
+            f"got {target_modules!r}"
+        )
+    try:
+        return [re.compile(pattern) for pattern in patterns]
+    except re.error as error:
+        raise ValueError(
+            f"target_modules={target_modules!r} is no regular expression: {error}"
+        ) from error

@@ -1,5 +1,6 @@
 """GaLore as an Optax gradient transformation around any Optax optimizer."""
 
+import numbers
 import warnings
 from collections.abc import Callable, Sequence
 from typing import Any, Literal, NamedTuple
@@ -7,10 +8,11 @@ from typing import Any, Literal, NamedTuple
 import jax
 import jax.numpy as jnp
 import optax
+from jax.extend.core import Var
 
 from galore_jax import projection
 from galore_jax.decay import update_and_decay
-from galore_jax.selection import is_projected
+from galore_jax.selection import compiled_patterns, is_projected
 
 ProjType = Literal["std"]
 Basis = Literal["svd"]
@@ -76,7 +78,8 @@ def galore(
 
     Raises:
       TypeError: an argument of the wrong type.
-      ValueError: an argument out of its range; by ``init``, ``target_modules`` that select nothing.
+      ValueError: an argument out of its range; by ``init``, ``target_modules`` that select nothing,
+        or an optimizer that keeps the weights' values in its state.
 
     References:
       Zhao et al., GaLore: Memory-Efficient LLM Training by Gradient Low-Rank Projection, 2024,
@@ -94,6 +97,9 @@ def galore(
     (64, 256)
     """
     _check_arguments(optimizer, rank, update_proj_gap, scale, proj_type, basis)
+
+    if target_modules is not None:
+        compiled_patterns(target_modules)
 
     def wrap(inner: optax.GradientTransformation) -> optax.GradientTransformationExtraArgs:
         return _wrap(inner, rank, update_proj_gap, scale, target_modules)
@@ -188,10 +194,17 @@ def _wrap(
             side = projection.std_side(leaf.shape)
             return jnp.zeros(projection.projected_shape(leaf.shape, rank, side), leaf.dtype)
 
+        stand_ins = jax.tree.map(stand_in, mask, params)
+        if _state_holds_weights(inner, stand_ins, mask):
+            raise ValueError(
+                "the optimizer's state is made from the values of the weights, whose projection is "
+                "not known before the first gradient (schedule_free, prodigy and dog are such); "
+                "put that wrapper around galore(...), or take another optimizer"
+            )
         return GaLoreState(
             count=jnp.zeros([], jnp.int32),
             projector=jax.tree.map(projector, mask, params),
-            inner_state=inner.init(jax.tree.map(stand_in, mask, params)),
+            inner_state=inner.init(stand_ins),
         )
 
     def update(
@@ -215,12 +228,19 @@ def _wrap(
         else:
             low_params = _map_projected(_project, projector, params, others=params)
             inner_updates, decay, inner_state = update_and_decay(
-                inner, low_updates, state.inner_state, low_params, extra_args
+                inner,
+                low_updates,
+                state.inner_state,
+                low_params,
+                _map_projected(
+                    lambda p: True, projector, others=jax.tree.map(lambda _: False, updates)
+                ),
+                extra_args,
             )
 
         def bring_back(p, update, gradient, c, low_weight, weight):
             if c is None:
-                return scale * _project_back(p, update, gradient)
+                return (scale * _project_back(p, update, gradient)).astype(update.dtype)
             # The inner update holds c P^T W; the decay is to be c W, free of scale.
             gradient_part = scale * _project_back(p, update - c * low_weight, gradient)
             return (gradient_part + c * weight).astype(update.dtype)
@@ -239,6 +259,27 @@ def _wrap(
         return full, GaLoreState(count, projector, inner_state)
 
     return optax.GradientTransformationExtraArgs(init, update)
+
+
+def _state_holds_weights(
+    inner: optax.GradientTransformation, stand_ins: optax.Params, selected: Any
+) -> bool:
+    """Whether ``inner.init`` depends on the values, not only the shapes, of the selected leaves."""
+    leaves, treedef = jax.tree.flatten(stand_ins)
+    chosen = [i for i, wanted in enumerate(jax.tree.leaves(selected)) if wanted]
+
+    def init(of_chosen: list[jax.Array]) -> optax.OptState:
+        seen = list(leaves)
+        for i, leaf in zip(chosen, of_chosen, strict=True):
+            seen[i] = leaf
+        return inner.init(treedef.unflatten(seen))
+
+    jaxpr = jax.make_jaxpr(init)([leaves[i] for i in chosen]).jaxpr
+    reached = set(jaxpr.invars)
+    for equation in jaxpr.eqns:
+        if any(isinstance(v, Var) and v in reached for v in equation.invars):
+            reached.update(equation.outvars)
+    return any(isinstance(v, Var) and v in reached for v in jaxpr.outvars)
 
 
 def _map_projected(fn: Callable[..., Any], projector: Any, *trees: Any, others: Any = None) -> Any:
@@ -274,11 +315,12 @@ def _check_arguments(optimizer, rank, update_proj_gap, scale, proj_type, basis) 
             "for a rank write galore(rank=...)"
         )
     for name, value in (("rank", rank), ("update_proj_gap", update_proj_gap)):
-        if not isinstance(value, int) or isinstance(value, bool):
+        if not isinstance(value, numbers.Integral) or isinstance(value, bool):
             raise TypeError(f"{name} must be an int of at least 1, got {value!r}")
         if value < 1:
             raise ValueError(f"{name} must be an int of at least 1, got {value}")
-    if not isinstance(scale, int | float) or isinstance(scale, bool):
+    # An array is what optax.inject_hyperparams passes.
+    if not isinstance(scale, numbers.Real | jax.Array) or isinstance(scale, bool):
         raise TypeError(f"scale must be a number, got {scale!r}")
     if proj_type != "std":
         raise ValueError(f"proj_type must be 'std', got {proj_type!r}")

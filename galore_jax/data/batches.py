@@ -52,6 +52,7 @@ class TextData:
 
     Attributes:
       tokenizer: the tokenizer of the texts.
+      source: which texts these are, in a line: a run that resumes must find the same.
     """
 
     def __init__(self, config: DataConfig, *, vocab_size: int):
@@ -81,6 +82,7 @@ class TextData:
         else:
             raise UserError(f"config.data.name={config.name!r} must be c4 or sample")
         check_vocabulary(self.tokenizer, vocab_size)
+        self.source = f"{config.name}: {self._source.description}"
 
     def train_batches(self, *, batch_size: int, seed: int) -> grain.DatasetIterator[Batch]:
         """Batches without end, each epoch in an order of its own, read ahead in the background.

@@ -67,7 +67,7 @@ def find_c4(data_dir: str | None) -> "RandomAccess | Shards":
         }
         if any(shards.values()):
             _check_splits({split: len(paths) for split, paths in shards.items()}, folder)
-            return Shards(_JsonLines, shards)
+            return Shards(_JsonLines, shards, f"{len(shards['train'])} json.gz shards")
     raise UserError(
         f"no C4 in {root}: looked for {root / 'c4/en/VERSION/dataset_info.json'} and for "
         f"c4-train.*.json.gz in {root} and {root / 'en'}; {_HOW_TO}"
@@ -77,6 +77,7 @@ def find_c4(data_dir: str | None) -> "RandomAccess | Shards":
 def _open_tfds(root: Path, folder: Path) -> "RandomAccess | Shards":
     info = tfds.builder_from_directory(folder).info
     _check_splits({name: split.num_examples for name, split in info.splits.items()}, folder)
+    documents = info.splits["train"].num_examples
     paths = {
         split: [Path(path) for path in info.splits[split].filepaths]
         for split in ("train", "validation")
@@ -85,10 +86,11 @@ def _open_tfds(root: Path, folder: Path) -> "RandomAccess | Shards":
     if missing:
         raise UserError(f"C4 in {folder} is incomplete: {missing[0].name} is missing")
     if info.file_format == tfds.core.FileFormat.ARRAY_RECORD:
-        return RandomAccess(f"c4/en:{folder.name}", root)
+        return RandomAccess(f"c4/en:{folder.name}", root, f"array_record, {documents} documents")
     if info.file_format == tfds.core.FileFormat.TFRECORD:
         features: Any = info.features
-        return Shards(lambda path: _TFRecords(path, features), paths)
+        described = f"tfrecord, {documents} documents"
+        return Shards(lambda path: _TFRecords(path, features), paths, described)
     raise UserError(
         f"C4 in {folder} has TFDS's format {info.file_format}, which is not read here; "
         "array_record and tfrecord are"
@@ -103,10 +105,17 @@ def _check_splits(documents: dict[str, int], folder: Path) -> None:
 
 @dataclasses.dataclass(frozen=True)
 class RandomAccess:
-    """C4 as array_record: any document at once, so that a whole epoch is shuffled."""
+    """C4 as array_record: any document at once, so that a whole epoch is shuffled.
+
+    Attributes:
+      name: for TFDS, with the version.
+      data_dir: the folder that holds it.
+      description: the form and size, in a few words.
+    """
 
     name: str
     data_dir: Path
+    description: str
 
     def texts(self, split: str, *, seed: int | None) -> grain.IterDataset[str]:
         """Texts in order, once, for a seed of None; else shuffled anew each epoch, without end."""
@@ -128,10 +137,12 @@ class Shards:
     Attributes:
       open_shard: from a path to a Grain ``IterDataset`` of the texts in it.
       paths: the files of each split.
+      description: the form and size, in a few words.
     """
 
     open_shard: Any
     paths: dict[str, list[Path]]
+    description: str
 
     def texts(self, split: str, *, seed: int | None) -> grain.IterDataset[str]:
         """Texts in order, once, for a seed of None; else without end, shuffled anew each epoch.

@@ -61,9 +61,9 @@ def prepare_sample() -> tuple[Path, Path]:
         begun = time.monotonic()
         try:
             documents = _build(folder)
-        except OSError as error:
+        except (OSError, RuntimeError) as error:  # RuntimeError: array_record's, for a full disk
             raise UserError(
-                f"cannot write the sample corpus to {cache}: {error.strerror}; "
+                f"cannot write the sample corpus to {cache}: {' '.join(str(error).split())}; "
                 "set GALORE_JAX_CACHE to another folder"
             ) from error
         print(f"{documents} documents in {time.monotonic() - begun:.0f} s", flush=True)

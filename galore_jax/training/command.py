@@ -45,6 +45,7 @@ def parse(argv: list[str], *, usage: str, configs: Path) -> Arguments | None:
         return None
     values = flags.FlagValues()
     try:
+        argv = _found(argv, configs)
         config_flag = config_flags.DEFINE_config_file(
             "config", str(configs / "sample.py"), flag_values=values, sys_argv=argv
         )
@@ -52,7 +53,20 @@ def parse(argv: list[str], *, usage: str, configs: Path) -> Arguments | None:
         rest = values(argv)
         config = config_flag.value
         method, optimizer = config.method, config.optimizer.name
-    except (flags.Error, AttributeError, KeyError, TypeError, ValueError, OSError) as error:
+    except UserError:
+        raise
+    except (
+        flags.Error,
+        AttributeError,
+        ArithmeticError,
+        ImportError,
+        LookupError,
+        NameError,
+        OSError,
+        SyntaxError,
+        TypeError,
+        ValueError,
+    ) as error:
         raise UserError(_explain(argv, error, configs)) from error
     if rest[1:]:
         raise UserError(
@@ -60,7 +74,7 @@ def parse(argv: list[str], *, usage: str, configs: Path) -> Arguments | None:
         )
     name = Path(config_flags.get_config_filename(values["config"])).stem
     default = Path("runs") / f"{name.split(':')[0]}-{method}-{optimizer}"
-    return Arguments(config, Path(values.workdir) if values.workdir else default)
+    return Arguments(config, Path(values.workdir).expanduser() if values.workdir else default)
 
 
 def help_text(usage: str, configs: Path) -> str:
@@ -88,14 +102,33 @@ def _first_line(path: Path) -> str:
     return (ast.get_docstring(ast.parse(path.read_text())) or "").partition("\n")[0]
 
 
+def _found(argv: list[str], configs: Path) -> list[str]:
+    """``--config FILE`` as ``--config=FILE``, and ``configs/...`` found from any folder."""
+    found, rest = [], iter(argv)
+    for argument in rest:
+        if argument in ("--config", "-config"):
+            argument = f"--config={next(rest, '')}"
+        name, _, value = argument.partition("=")
+        path = Path(value.partition(":")[0])
+        if name in ("--config", "-config"):
+            if not path.is_file() and (configs.parent / path).is_file():
+                value = str(configs.parent / value)
+            argument = f"--config={value}"
+        found.append(argument)
+    return found
+
+
 def _declared(configs: Path) -> dict[str, str]:
     """The keys of ``base.py`` with their defaults and comments, as they are written there."""
     declared = {}
-    for line in (configs / "base.py").read_text().splitlines():
-        key, assigned, value = line.strip().partition(" = ")
+    above: list[str] = []
+    for line in map(str.strip, (configs / "base.py").read_text().splitlines()):
+        key, assigned, value = line.partition(" = ")
         if assigned and key.startswith("config.") and value != "ConfigDict()":
             value = re.sub(r"config_dict\.placeholder\(\w+\)", "None", value)
-            declared.setdefault(key.removeprefix("config."), value)
+            comment = f"  # {' '.join(above)}" if above else ""
+            declared.setdefault(key.removeprefix("config."), value + comment)
+        above = [*above, line.removeprefix("# ")] if line.startswith("# ") else []
     return declared
 
 
@@ -119,9 +152,12 @@ def _explain(argv: list[str], error: Exception, configs: Path) -> str:
         ]
         hint = f"did you mean --config.{near[0]}?" if near else "--help lists the keys"
         return f"--config.{key} is no config key; {hint}"
-    if isinstance(error, OSError):
-        path = next((a.partition("=")[2] for a in argv if a.startswith("--config=")), "")
-        if not Path(path.partition(":")[0]).exists():
-            there = ", ".join(sorted(f.name for f in configs.glob("*.py") if f.stem != "base"))
-            return f"--config={path}: there is no such file; configs/ has {there}"
+    for given in (a.removeprefix("--config=") for a in argv if a.startswith("--config=")):
+        path = Path(given.partition(":")[0])
+        there = ", ".join(sorted(f.name for f in configs.glob("*.py") if f.stem != "base"))
+        if not path.is_file():
+            return f"--config={given}: there is no such file; configs/ has {there}"
+        if not isinstance(error, flags.Error):
+            reason = " ".join(f"{type(error).__name__}: {error}".split())
+            return f"--config={given} is not a config that loads: {reason}"
     return " ".join(str(error).split())

@@ -5,7 +5,7 @@ import functools
 import math
 import time
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 import jax
 import numpy as np
@@ -15,12 +15,12 @@ from galore_jax.errors import UserError
 from galore_jax.memory import compiled_plan, memory_table
 from galore_jax.training import settings, steps
 from galore_jax.training.checkpoints import Checkpoints, Restored
-from galore_jax.training.metrics import MetricsLog
+from galore_jax.training.metrics import MetricsLog, write_run_record
 from galore_jax.training.optimizers import make_optimizer
 from galore_jax.training.progress import Progress, format_count, format_duration
 from galore_jax.training.signals import StopRequest
 from galore_jax.training.steps import TrainState
-from galore_jax.training.workdir import claim
+from galore_jax.training.workdir import claim, config_json
 
 
 def train(config: settings.Config, workdir: Path) -> None:
@@ -37,61 +37,68 @@ def train(config: settings.Config, workdir: Path) -> None:
       UserError: anything the user can put right; what the workdir held before is untouched.
     """
     settings.check_config(config)
-    data = settings.open_data(config)
-    model = settings.model_config(config)
-    tx = make_optimizer(config)
-    init = functools.partial(steps.init_state, model, tx)
-    try:
-        abstract_state = jax.eval_shape(init, jax.random.key(config.seed))
-    except ValueError as error:
-        raise UserError(f"config.galore does not fit the model: {error}") from error
+    with StopRequest() as stop:
+        data = settings.open_data(config)
+        tx = make_optimizer(config)
+        init = functools.partial(steps.init_state, settings.model_config(config), tx)
+        try:
+            abstract_state = jax.eval_shape(init, jax.random.key(config.seed))
+        except (TypeError, ValueError) as error:
+            raise UserError(f"the optimizer does not fit the model: {error}") from error
 
-    print(settings.summary(config, abstract_state.params), flush=True)
-    with (
-        claim(workdir, config),
-        Checkpoints(workdir / "checkpoints", keep=config.keep_checkpoints, warn=print) as saved,
-    ):
-        restored = saved.restore(abstract_state)
-        if restored is not None and restored.step >= config.train_steps:
-            print(
-                f"this run is complete: step {restored.step} of {config.train_steps}, checkpoint "
-                f"in {saved.directory}; to start afresh remove {workdir} or give another --workdir"
-            )
-            return
-        run = _Run(config, data, saved)
-        run.compile(tx, abstract_state)
+        print(settings.summary(config, abstract_state.params), flush=True)
         with (
-            contextlib.closing(run.batches),
-            MetricsLog(
-                workdir,
-                resume_step=-1 if restored is None else restored.step,
-                tensorboard=config.tensorboard,
-            ) as metrics,
-            Progress(
-                config.train_steps, start=0 if restored is None else restored.step
-            ) as progress,
-            StopRequest() as stop,
+            claim(workdir, config),
+            Checkpoints(workdir / "checkpoints", keep=config.keep_checkpoints, warn=print) as saved,
         ):
-            if restored is None:
-                state = jax.jit(init)(jax.random.key(config.seed))
-            else:
-                progress.message(f"resuming from step {restored.step} of {config.train_steps}")
-                state = run.resume(restored)
-            run.train(state, metrics, progress, stop)
-        print(run.last_words(stop))
+            restored = saved.restore(abstract_state)
+            if restored is not None and restored.data["source"] != data.source:
+                raise UserError(
+                    f"--workdir={workdir} was trained on {restored.data['source']} and the data "
+                    f"now is {data.source}; give another --workdir, or the same data to resume"
+                )
+            if restored is not None and restored.step >= config.train_steps:
+                print(
+                    f"this run is complete: step {restored.step} of {config.train_steps}, "
+                    f"checkpoint in {saved.directory}; to start afresh remove {workdir} or give "
+                    "another --workdir"
+                )
+                return
+            run = _Run(config, data, saved, stop)
+            with contextlib.closing(run.batches):
+                run.compile(tx, abstract_state)
+                if restored is None:
+                    state = jax.jit(init)(jax.random.key(config.seed))
+                else:
+                    state = run.resume(restored)
+                if not stop.requested:
+                    write_run_record(workdir, config_json(config), first=restored is None)
+                    with (
+                        MetricsLog(
+                            workdir,
+                            resume_step=None if restored is None else restored.step,
+                            tensorboard=config.tensorboard,
+                        ) as metrics,
+                        Progress(config.train_steps, start=run.step) as progress,
+                    ):
+                        run.train(state, metrics, progress)
+        print(run.last_words())
 
 
 class _Run:
     """A run under way: its compiled steps and how far it has come."""
 
-    def __init__(self, config: settings.Config, data: TextData, saved: Checkpoints):
-        self.config, self.data, self.saved = config, data, saved
+    def __init__(
+        self, config: settings.Config, data: TextData, saved: Checkpoints, stop: StopRequest
+    ):
+        self.config, self.data, self.saved, self.stop = config, data, saved, stop
         self.batches = data.train_batches(batch_size=config.batch_size, seed=config.seed)
         self.step = 0
         self.tokens = 0
         self.seconds = 0.0
         self.loss = math.nan
         self.eval_loss = math.nan
+        self.owes_evaluation = True  # of step 0
 
     def compile(self, tx: Any, abstract_state: TrainState) -> None:
         """Compiles both steps, and prints what memory they will take."""
@@ -113,6 +120,7 @@ class _Run:
             .lower(abstract_state.params, batch(config.micro_batch_size))
             .compile()
         )
+        self.all_finite = jax.jit(steps.all_finite)
         device = jax.local_devices()[0].device_kind
         params, opt_state = abstract_state.params, abstract_state.opt_state
         gradients = steps.gradient_bytes(params, parts)
@@ -121,18 +129,24 @@ class _Run:
 
     def resume(self, restored: Restored) -> TrainState:
         """Takes up the position of a checkpoint."""
+        print(f"resuming from step {restored.step} of {self.config.train_steps}", flush=True)
         self.step = restored.step
         self.tokens, self.seconds = restored.data["tokens"], restored.data["seconds"]
+        self.owes_evaluation = restored.data["owes_evaluation"]
         self.batches.set_state(restored.data["batches"])
         return restored.state
 
-    def train(
-        self, state: TrainState, metrics: MetricsLog, progress: Progress, stop: StopRequest
-    ) -> None:
-        """Trains to the last step, or until asked to stop; always ends with a checkpoint."""
+    def train(self, state: TrainState, metrics: MetricsLog, progress: Progress) -> None:
+        """Trains to the last step, or until asked to stop; ends with a checkpoint.
+
+        A stop during an evaluation gives that up, to be made after the run resumes; the last
+        step's is always made.
+        """
         config, begun, seconds_before = self.config, time.monotonic(), self.seconds
-        if self.step == 0:
+        if self.owes_evaluation:
             self._evaluate(state, metrics, progress)
+            if self.stop.requested:
+                return
         speed = _Speed()
         waiting = None
         for step in range(self.step + 1, config.train_steps + 1):
@@ -141,21 +155,20 @@ class _Run:
             if waiting is not None:
                 self._record(*waiting, metrics, progress, speed)
             waiting = (step, numbers)
-            last = step == config.train_steps or stop.requested
             evaluate = step == config.train_steps or _due(step, config.eval_every_steps)
-            save = last or _due(step, config.checkpoint_every_steps)
-            if not (evaluate or save):
+            save = step == config.train_steps or _due(step, config.checkpoint_every_steps)
+            if not (evaluate or save or self.stop.requested):
                 continue
             self._record(*waiting, metrics, progress, speed)
             waiting = None
             paused = time.monotonic()
             if evaluate:
                 self._evaluate(state, metrics, progress)
-            if save:
+            if save or self.stop.requested:
                 self.seconds = seconds_before + time.monotonic() - begun
                 self._save(state)
             speed.exclude(time.monotonic() - paused)
-            if last:
+            if self.stop.requested:
                 break
         self.saved.wait()
 
@@ -168,13 +181,7 @@ class _Run:
         self.tokens += tokens
         speed.add(tokens)
         if not (np.isfinite(numbers["loss"]) and np.isfinite(numbers["grad_norm"])):
-            kept = self.saved.steps()
-            raise UserError(
-                f"loss {self.loss} and gradient norm {float(numbers['grad_norm'])} at step {step}: "
-                "stopped; "
-                + (f"the checkpoint of step {kept[-1]} is untouched; " if kept else "")
-                + "a lower schedule.peak_lr or an optimizer.clip_norm may help"
-            )
+            self._diverged(f"loss {self.loss} and gradient norm {numbers['grad_norm']}")
         if step == 1 or step == self.config.train_steps or _due(step, self.config.log_every_steps):
             tokens_per_second = speed.since_last()
             line = {
@@ -197,45 +204,72 @@ class _Run:
 
     def _evaluate(self, state: TrainState, metrics: MetricsLog, progress: Progress) -> None:
         """Mean loss over the held-out targets: each counts alike, whatever batch it is in."""
+        self.owes_evaluation = True
         total, counted = [], 0
         for batch in self.data.eval_batches(batch_size=self.config.micro_batch_size):
+            if self.stop.requested and self.step < self.config.train_steps:
+                return
             nll, _ = self.eval_step(state.params, batch)
             total.append(nll)
             counted += int(np.sum(batch["targets"] >= 0))
             if counted >= self.config.eval_tokens:
                 break
+        if not counted:
+            raise UserError(f"the held-out part of {self.data.source} has nothing to predict")
         self.eval_loss = math.fsum(jax.device_get(total)) / counted
-        perplexity = math.exp(self.eval_loss)
+        if not math.isfinite(self.eval_loss):
+            self._diverged(f"eval loss {self.eval_loss}")
         metrics.write(
             {
                 "step": self.step,
                 "eval_loss": self.eval_loss,
-                "eval_perplexity": perplexity,
+                "eval_perplexity": _perplexity(self.eval_loss),
                 "eval_tokens": counted,
             }
         )
         progress.message(
-            f"step {self.step}: eval loss {self.eval_loss:.4f}, perplexity {perplexity:.2f} "
+            f"step {self.step}: eval loss {self.eval_loss:.4f}, "
+            f"perplexity {_perplexity(self.eval_loss):.2f} "
             f"over {format_count(counted)} held-out tokens"
         )
+        self.owes_evaluation = False
 
     def _save(self, state: TrainState) -> None:
+        if not self.all_finite(state):
+            self._diverged("weights or optimizer state that are not finite")
         self.saved.save(
             self.step,
             state,
-            {"batches": self.batches.get_state(), "tokens": self.tokens, "seconds": self.seconds},
+            {
+                "batches": self.batches.get_state(),
+                "source": self.data.source,
+                "tokens": self.tokens,
+                "seconds": self.seconds,
+                "owes_evaluation": self.owes_evaluation,
+            },
         )
 
-    def last_words(self, stop: StopRequest) -> str:
+    def _diverged(self, what: str) -> NoReturn:
+        kept = self.saved.steps()
+        untouched = f"the checkpoint of step {kept[-1]} is untouched; " if kept else ""
+        raise UserError(
+            f"{what} at step {self.step}: stopped; {untouched}"
+            "a lower schedule.peak_lr or an optimizer.clip_norm may help"
+        )
+
+    def last_words(self) -> str:
         """What became of the run, in one line."""
-        if self.step < self.config.train_steps:
+        total = self.config.train_steps
+        if self.step == 0:
+            return f"stopped by {self.stop.name} before the first step: there is nothing to save"
+        if self.step < total:
             return (
-                f"stopped by {stop.name} after step {self.step} of {self.config.train_steps}, "
-                f"saved in {self.saved.directory}; run the same command again to go on"
+                f"stopped by {self.stop.name} after step {self.step} of {total}, saved in "
+                f"{self.saved.directory}; run the same command again to go on"
             )
         return (
             f"done: train loss {self.loss:.4f}, eval loss {self.eval_loss:.4f}, "
-            f"perplexity {math.exp(self.eval_loss):.2f}, {format_count(self.tokens)} tokens in "
+            f"perplexity {_perplexity(self.eval_loss):.2f}, {format_count(self.tokens)} tokens in "
             f"{format_duration(self.seconds)}, checkpoint in {self.saved.directory}"
         )
 
@@ -261,3 +295,10 @@ class _Speed:
 
 def _due(step: int, every: int) -> bool:
     return every > 0 and step % every == 0
+
+
+def _perplexity(loss: float) -> float:
+    try:
+        return math.exp(loss)
+    except OverflowError:
+        return math.inf

@@ -19,7 +19,21 @@ import numpy as np
 
 from galore_jax.errors import UserError
 
-_PACKAGES = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "grain", "numpy", "galore-jax")
+_PACKAGES = (
+    "jax",
+    "jaxlib",
+    "flax",
+    "optax",
+    "orbax-checkpoint",
+    "grain",
+    "array_record",
+    "tensorflow-datasets",
+    "sentencepiece",
+    "botocore",
+    "ml_collections",
+    "numpy",
+    "galore-jax",
+)
 
 
 class MetricsLog:
@@ -82,8 +96,10 @@ class MetricsLog:
           UserError: The file cannot be written; most likely no space is left.
         """
         line = {key: _plain(value) for key, value in line.items()}
+        rest = memoryview((_dumps(line) + "\n").encode())
         try:
-            self._file.write((_dumps(line) + "\n").encode())
+            while rest:
+                rest = rest[self._file.write(rest) :]
         except OSError as error:
             raise UserError(f"cannot write {self._file.name}: {error.strerror}") from error
         if self._tensorboard is not None:
@@ -104,15 +120,17 @@ def read_metrics(workdir: str | os.PathLike[str]) -> list[dict[str, Any]]:
     return _whole_lines(Path(workdir) / "metrics.jsonl")
 
 
-def write_run_record(workdir: str | os.PathLike[str], config_json: Mapping[str, Any]) -> None:
-    """Writes `config.json` and `versions.json`, each atomically.
+def write_run_record(workdir: Path, config_json: Mapping[str, Any], *, first: bool) -> None:
+    """Writes `config.json` and, when the run begins, `versions.json`, each atomically.
 
     Args:
-      workdir: The run's folder, made if it is missing.
+      workdir: The run's folder.
       config_json: The resolved config, in JSON values.
+      first: Whether the run begins; the versions stay those that it began with.
+
+    Raises:
+      UserError: The folder cannot be written.
     """
-    workdir = Path(workdir)
-    workdir.mkdir(parents=True, exist_ok=True)
     device = jax.local_devices()[0]
     versions = {
         "python": platform.python_version(),
@@ -121,7 +139,8 @@ def write_run_record(workdir: str | os.PathLike[str], config_json: Mapping[str, 
         "backend": device.platform,
         "device_kind": device.device_kind,
     }
-    for name, record in (("config.json", config_json), ("versions.json", versions)):
+    records = {"config.json": config_json, **({"versions.json": versions} if first else {})}
+    for name, record in records.items():
         _replace(workdir / name, json.dumps(record, indent=2, allow_nan=False) + "\n")
 
 
@@ -183,8 +202,12 @@ def _dumps(line: Mapping[str, Any]) -> str:
 def _replace(path: Path, content: str) -> None:
     """Writes the whole file or nothing, also when the machine stops half way."""
     partial = path.with_name(path.name + ".tmp")
-    with partial.open("w", encoding="utf-8") as file:
-        file.write(content)
-        file.flush()
-        os.fsync(file.fileno())
-    partial.replace(path)
+    try:
+        with partial.open("w", encoding="utf-8") as file:
+            file.write(content)
+            file.flush()
+            os.fsync(file.fileno())
+        partial.replace(path)
+    except OSError as error:
+        partial.unlink(missing_ok=True)
+        raise UserError(f"cannot write {path}: {error.strerror}") from error

@@ -5,6 +5,7 @@ import inspect
 from collections.abc import Callable
 from typing import Any
 
+import jax
 import optax
 import optax.contrib
 
@@ -15,12 +16,14 @@ from galore_jax.transform import galore
 
 # What these aliases call the config's b1 and weight_decay.
 _OWN_NAMES = {
-    "adafactor": {"b1": "momentum", "weight_decay": "weight_decay_rate"},
+    "adafactor": {"b1": "momentum"},
     "sgd": {"b1": "momentum"},
     "rmsprop": {"b1": "momentum", "b2": "decay"},
+    "muon": {"b1": "beta"},
 }
-# lbfgs wants the loss as a function; galore is what method="galore" is for.
-_EXCLUDED = ("lbfgs", "galore")
+# lbfgs and sophia want the loss as a function, dpsgd a gradient for each sequence; rprop, sm3 and
+# optimistic_adam take no schedule; galore is what method="galore" is for.
+_EXCLUDED = ("lbfgs", "sophia", "dpsgd", "rprop", "sm3", "optimistic_adam", "galore")
 # As the reference uses its Adafactor: the learning rate is absolute.
 _FIXED = {"adafactor": {"multiply_by_parameter_scale": False}}
 
@@ -63,13 +66,16 @@ def _alias(config: Config) -> optax.GradientTransformation:
     make = _find(settings.name)
     parameters = inspect.signature(make).parameters
     own_names = _OWN_NAMES.get(settings.name, {})
-    arguments = dict(_FIXED.get(settings.name, {}))
+    arguments: dict[str, Any] = dict(_FIXED.get(settings.name, {}))
+    if settings.name == "muon":
+        arguments["muon_weight_dimension_numbers"] = _muon_matrices(config)
     for key in ("b1", "b2", "eps", "weight_decay"):
         value, name = settings[key], own_names.get(key, key)
         if name in parameters and value is not None:
             arguments[name] = value
         elif value:
-            takes = [k for k in ("b1", "b2", "eps", "weight_decay") if k in parameters]
+            keys = ("b1", "b2", "eps", "weight_decay")
+            takes = [k for k in keys if own_names.get(k, k) in parameters]
             raise UserError(
                 f"config.optimizer.{key}={value} is not for {settings.name}, which takes "
                 + (", ".join(takes) or "none of b1, b2, eps, weight_decay")
@@ -80,19 +86,37 @@ def _alias(config: Config) -> optax.GradientTransformation:
         raise UserError(f"config.optimizer.name={settings.name} cannot be used: {error}") from error
 
 
-def _find(name: str) -> Callable[..., Any]:
-    aliases = {
-        candidate: make
+def _muon_matrices(config: Config) -> Callable[[optax.Params], Any]:
+    """Muon's matrices: those that GaLore would project, each layer's by itself."""
+    targets = tuple(config.galore.target_modules)
+    numbers = optax.contrib.MuonDimensionNumbers(reduction_axis=-2, output_axis=-1)
+
+    def of_params(params: optax.Params) -> Any:
+        mask = is_projected(params, targets)
+        return jax.tree.map(lambda selected: numbers if selected else None, mask)
+
+    return of_params
+
+
+def aliases() -> dict[str, Callable[..., optax.GradientTransformation]]:
+    """The aliases that ``optimizer.name`` may be: those that need a learning rate and no more."""
+    return {
+        name: make
         for module in (optax.contrib, optax)
-        for candidate, make in inspect.getmembers(module, inspect.isfunction)
+        for name, make in inspect.getmembers(module, inspect.isfunction)
         if next(iter(inspect.signature(make).parameters), None) == "learning_rate"
-        and not candidate.startswith(("_", "scale_by_"))
-        and candidate not in _EXCLUDED
+        and not name.startswith(("_", "scale_by_"))
+        and name not in _EXCLUDED
     }
-    if name not in aliases:
-        near = difflib.get_close_matches(name, aliases, n=1)
+
+
+def _find(name: str) -> Callable[..., optax.GradientTransformation]:
+    known = aliases()
+    if name not in known:
+        near = difflib.get_close_matches(name, known, n=1)
+        hint = f"did you mean {near[0]}?" if near else ", ".join(sorted(known))
         raise UserError(
-            f"config.optimizer.name={name!r} is no alias of optax or optax.contrib"
-            + (f"; did you mean {near[0]}?" if near else f"; they are {', '.join(sorted(aliases))}")
+            f"config.optimizer.name={name!r} is no alias of optax or optax.contrib that can be "
+            f"used here; {hint}"
         )
-    return aliases[name]
+    return known[name]

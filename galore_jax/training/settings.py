@@ -1,6 +1,9 @@
 """From a config to what it describes: checked values, model, data, schedule."""
 
 import difflib
+import importlib.util
+import math
+from collections.abc import Iterator
 from typing import Any
 
 import jax
@@ -19,7 +22,6 @@ _AT_LEAST_ONE = (
     "log_every_steps",
     "eval_tokens",
     "keep_checkpoints",
-    "data.seq_len",
     "galore.rank",
     "galore.update_proj_gap",
 )
@@ -27,6 +29,7 @@ _AT_LEAST_ZERO = (
     "eval_every_steps",
     "checkpoint_every_steps",
     "schedule.warmup_steps",
+    "optimizer.eps",
     "optimizer.weight_decay",
     "seed",
 )
@@ -36,6 +39,7 @@ _POSITIVE = (
     "optimizer.matrix_lr_scale",
     "galore.scale",
 )
+_DTYPES = ("bfloat16", "float16", "float32")
 _CHOICES = {
     "method": ("galore", "full"),
     "data.name": ("c4", "sample"),
@@ -54,10 +58,23 @@ def check_config(config: Config) -> None:
     def refuse(key: str, allowed: str) -> None:
         raise UserError(f"config.{key}={_get(config, key)!r} must be {allowed}")
 
+    for key, value in _leaves(config):
+        if isinstance(value, float) and not math.isfinite(value):
+            refuse(key, "a finite number")
     for key in (*_AT_LEAST_ONE, *_AT_LEAST_ZERO):
         least = 1 if key in _AT_LEAST_ONE else 0
-        if not _get(config, key) >= least:
+        value = _get(config, key)
+        if value is not None and not value >= least:
             refuse(key, f"at least {least}")
+    for key in ("optimizer.b1", "optimizer.b2"):
+        value = _get(config, key)
+        if value is not None and not 0 <= value < 1:
+            refuse(key, "at least 0 and less than 1")
+    for key in ("dtype", "param_dtype"):
+        if _get(config, key) not in _DTYPES:
+            refuse(key, " or ".join(_DTYPES))
+    if config.data.seq_len < 2:
+        refuse("data.seq_len", "at least 2: a token and the one it predicts")
     for key in _POSITIVE:
         if _get(config, key) is not None and not _get(config, key) > 0:
             refuse(key, "greater than 0")
@@ -69,8 +86,20 @@ def check_config(config: Config) -> None:
         refuse("batch_size", f"a multiple of config.micro_batch_size={config.micro_batch_size}")
     if not 0 <= config.schedule.final_lr_ratio <= 1:
         refuse("schedule.final_lr_ratio", "from 0 to 1")
-    if config.schedule.warmup_steps >= config.train_steps:
+    if warmup_steps(config) >= config.train_steps:
         refuse("schedule.warmup_steps", f"less than config.train_steps={config.train_steps}")
+    if config.model.attention_implementation == "cudnn" and jax.default_backend() != "gpu":
+        refuse("model.attention_implementation", "xla or None on this device: cudnn is for GPUs")
+    if config.tensorboard and importlib.util.find_spec("tensorboardX") is None:
+        refuse("tensorboard", "False, or install the extra: pip install 'galore-jax[tensorboard]'")
+
+
+def _leaves(config: Config, prefix: str = "") -> Iterator[tuple[str, Any]]:
+    for key, value in config.items():
+        if hasattr(value, "items"):
+            yield from _leaves(value, f"{prefix}{key}.")
+        else:
+            yield prefix + key, value
 
 
 def _get(config: Config, key: str) -> Any:
@@ -125,17 +154,23 @@ def summary(config: Config, params: Any) -> str:
     )
 
 
+def warmup_steps(config: Config) -> int:
+    """``schedule.warmup_steps``, or a tenth of the steps where it is None."""
+    steps = config.schedule.warmup_steps
+    return config.train_steps // 10 if steps is None else steps
+
+
 def learning_rate(config: Config) -> optax.Schedule:
     """Linear warm-up from 0 to the peak, then a cosine down to ``final_lr_ratio`` of it.
 
     As in the paper's appendix C.1. Called with the number of updates already made, so that the
     first update has learning rate 0 if there is any warm-up.
     """
-    schedule = config.schedule
+    schedule, warmup = config.schedule, warmup_steps(config)
     return optax.warmup_cosine_decay_schedule(
-        init_value=0.0 if schedule.warmup_steps else schedule.peak_lr,
+        init_value=0.0 if warmup else schedule.peak_lr,
         peak_value=schedule.peak_lr,
-        warmup_steps=schedule.warmup_steps,
+        warmup_steps=warmup,
         decay_steps=config.train_steps,
         end_value=schedule.peak_lr * schedule.final_lr_ratio,
     )

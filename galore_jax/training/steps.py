@@ -122,3 +122,9 @@ def make_eval_step(
         return llama.apply(graphdef, params).loss(batch["tokens"], batch["targets"])
 
     return eval_step
+
+
+def all_finite(state: TrainState) -> jax.Array:
+    """Whether no weight and no moment is NaN or infinite, () bool."""
+    leaves = [x for x in jax.tree.leaves(state) if jnp.issubdtype(x.dtype, jnp.floating)]
+    return jnp.stack([jnp.isfinite(leaf).all() for leaf in leaves]).all()

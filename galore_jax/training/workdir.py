@@ -2,46 +2,57 @@
 
 import fcntl
 import json
+import os
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 from galore_jax.errors import UserError
-from galore_jax.training.metrics import write_run_record
 from galore_jax.training.settings import Config
 
-# Keys that leave every number of a run as it is: they may change when it is resumed.
-_FREE = frozenset({"keep_checkpoints", "checkpoint_every_steps", "tensorboard"})
+# Keys that leave every weight of a run as it is: they may change when it is resumed.
+_FREE = frozenset(
+    {
+        "keep_checkpoints",
+        "checkpoint_every_steps",
+        "log_every_steps",
+        "eval_every_steps",
+        "eval_tokens",
+        "tensorboard",
+    }
+)
 
 
 @contextmanager
 def claim(workdir: Path, config: Config) -> Iterator[None]:
-    """Holds the folder for one process and records the config and the package versions in it.
+    """Holds the folder, made if it is missing, for one process.
 
     Raises:
-      UserError: the folder holds a run of another config (what differs is told), other files
-        instead of a run, or is held by another process; nothing in it is changed.
+      UserError: it holds a run of another config (what differs is told), or is held by another
+        process; nothing in it is changed.
     """
     try:
         workdir.mkdir(parents=True, exist_ok=True)
-        lock = (workdir / ".lock").open("w")
+        folder = os.open(workdir, os.O_RDONLY | os.O_DIRECTORY)
     except OSError as error:
         raise UserError(f"cannot use --workdir={workdir}: {error.strerror}") from error
-    with lock:
+    try:
         try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            fcntl.flock(folder, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError as error:
             raise UserError(
                 f"--workdir={workdir} is in use by another process; wait for it, or give another"
             ) from error
-        wanted = json.loads(config.to_json_best_effort())
-        _check_same_run(workdir, wanted)
-        try:
-            write_run_record(workdir, wanted)
-        except OSError as error:
-            raise UserError(f"cannot write to --workdir={workdir}: {error.strerror}") from error
+        _check_same_run(workdir, config_json(config))
         yield
+    finally:
+        os.close(folder)
+
+
+def config_json(config: Config) -> dict[str, Any]:
+    """The config as JSON values."""
+    return json.loads(config.to_json_best_effort())
 
 
 def _check_same_run(workdir: Path, wanted: Mapping[str, Any]) -> None:
@@ -54,8 +65,10 @@ def _check_same_run(workdir: Path, wanted: Mapping[str, Any]) -> None:
         return
     try:
         found = json.loads(record.read_text())
-    except json.JSONDecodeError as error:
-        raise UserError(f"{record} is damaged ({error}); give another --workdir") from error
+    except (OSError, ValueError) as error:
+        raise UserError(f"{record} cannot be read ({error}); give another --workdir") from error
+    if not isinstance(found, dict):
+        raise UserError(f"{record} is no config of a run; give another --workdir")
     here, there = _flat(wanted), _flat(found)
     differing = [
         f"{key} is {there.get(key)!r} there and {here.get(key)!r} here"

@@ -4,6 +4,8 @@ import json
 import math
 import pathlib
 import re
+import subprocess
+import sys
 import warnings
 
 import jax
@@ -120,13 +122,12 @@ def test_moments_are_low_rank_and_projectors_masked():
 
 
 def test_stack_equals_loop():
-    stacked, single = {"w": (3, 6, 10)}, {"w": (6, 10)}
+    stacked = {"w": (3, 6, 10)}
     tx = galore_adamw(0.1, rank=2, update_proj_gap=2, target_modules="w", weight_decay=0.1)
     params = random_tree(0, stacked)
     state = tx.init(params)
     loop = [{"w": params["w"][i]} for i in range(3)]
     states = [tx.init(p) for p in loop]
-    assert single["w"] == loop[0]["w"].shape
     for step in range(5):
         grads = random_tree(step + 1, stacked)
         updates, state = tx.update(grads, state, params)
@@ -268,6 +269,8 @@ def test_signs_do_not_depend_on_the_solver():
         ({"scale": "1"}, TypeError, "scale must be a number, got '1'"),
         ({"proj_type": "diagonal"}, ValueError, "proj_type .*'diagonal'"),
         ({"basis": "qr"}, ValueError, "basis .*'qr'"),
+        ({"target_modules": "("}, ValueError, "no regular expression"),
+        ({"target_modules": 3}, TypeError, "must be a regular expression.*got 3"),
         ({"optimizer": 128}, TypeError, "optimizer must be .*got int"),
     ],
 )
@@ -283,3 +286,38 @@ def test_bad_chains_and_targets():
         galore_jax.chain(galore(rank=2), galore(rank=2), optax.sgd(1.0))
     with pytest.raises(ValueError, match=r"target_modules='attention' matches no leaf.*wide"):
         galore(optax.sgd(1.0), rank=2, target_modules="attention").init(random_tree(0))
+
+
+def test_an_optimizer_that_keeps_the_weights_is_refused_for_projected_leaves_alone():
+    tx = optax.contrib.schedule_free_sgd(0.1)
+    with pytest.raises(ValueError, match="made from the values of the weights"):
+        galore(tx, rank=2).init(random_tree(0))
+    wrapped = optax.contrib.schedule_free(galore(optax.sgd(0.1), rank=2), 0.1)
+    jax.eval_shape(wrapped.init, random_tree(0))
+
+
+def test_inject_hyperparams_of_the_scale():
+    make = optax.inject_hyperparams(galore_adamw, static_args=("rank", "update_proj_gap"))
+    params, grads = random_tree(0), random_tree(1)
+    tx = make(learning_rate=0.1, rank=2, scale=0.5)
+    updates, state = tx.update(grads, tx.init(params), params)
+    expected = galore_adamw(0.1, rank=2, scale=0.5)
+    others, _ = expected.update(grads, expected.init(params), params)
+    np.testing.assert_allclose(updates["wide"], others["wide"], rtol=1e-5)
+    assert float(state.hyperparams["scale"]) == 0.5
+
+
+def test_integer_and_empty_leaves_pass_through():
+    params = {"w": jnp.ones((4, 6)), "empty": jnp.ones((0, 6)), "id": jnp.arange(3)}
+    grads = {**params, "id": jnp.zeros(3, jnp.int32)}
+    tx = galore(optax.sgd(1.0), rank=2)
+    updates, _ = tx.update(grads, tx.init(params), params)
+    assert updates["id"].shape == (3,)
+    assert updates["empty"].shape == (0, 6)
+
+
+def test_the_core_needs_jax_and_optax_alone():
+    code = "import galore_jax, galore_jax.memory, sys; print(sorted(sys.modules))"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    for package in ("flax", "orbax", "grain", "tensorflow_datasets", "ml_collections", "rich"):
+        assert f"'{package}'" not in done.stdout

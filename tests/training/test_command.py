@@ -43,6 +43,10 @@ def test_overrides_and_argument():
         (["--config.remat=maybe"], "another type than the default, False$"),
         (["--config.galore=3"], "--config.galore is a section"),
         (["--config=configs/nope.py"], "no such file; configs/ has llama_130m.py, llama_1b.py"),
+        (["--config", "configs/nope.py"], "no such file; configs/ has llama_130m.py"),
+        (["--config="], "no such file"),
+        (["--config=configs"], "no such file"),
+        (["--config=README.md"], "is not a config that loads: .*SyntaxError|README.md"),
         (["--config=configs/sample.py:method=ful"], "'method=ful' is unknown"),
         (["--workdirs=x"], "workdirs"),
         (["extra"], "unknown argument 'extra'"),
@@ -52,6 +56,13 @@ def test_mistakes(flags, message):
     with pytest.raises(UserError, match=message) as caught:
         parse_flags(*flags)
     assert "\n" not in str(caught.value)
+
+
+def test_configs_are_found_from_any_folder(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    assert parse_flags("--config=configs/llama_1b.py:method=full").config.method == "full"
+    assert parse_flags("--config", "configs/llama_1b.py").config.galore.rank == 512
+    assert parse_flags("--workdir=~/there").workdir.is_absolute()
 
 
 def test_help_teaches(capsys):

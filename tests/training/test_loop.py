@@ -8,12 +8,16 @@ import subprocess
 import sys
 import time
 
+import jax
+import jax.numpy as jnp
 import pytest
 from tiny import ROOT, tiny_config, tiny_flags
 
+from galore_jax.data.batches import DataConfig, TextData
 from galore_jax.errors import UserError
 from galore_jax.training import loop, steps
 from galore_jax.training.metrics import read_metrics
+from galore_jax.training.workdir import claim
 
 
 def numbers(workdir):
@@ -61,20 +65,24 @@ def test_same_seed_same_losses_other_seed_others(uninterrupted, tmp_path):
 
 
 def test_a_complete_run_says_so_and_changes_nothing(uninterrupted, capsys):
-    before = numbers(uninterrupted)
+    before = contents(uninterrupted)
     loop.train(tiny_config(), uninterrupted)
     out = capsys.readouterr().out
     assert "this run is complete: step 12 of 12" in out
     assert f"to start afresh remove {uninterrupted}" in out
-    assert numbers(uninterrupted) == before
+    assert contents(uninterrupted) == before
+
+
+def contents(folder):
+    return {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()}
 
 
 def test_another_config_is_refused_and_nothing_changed(uninterrupted):
-    before = (uninterrupted / "config.json").read_bytes()
+    before = contents(uninterrupted)
     with pytest.raises(UserError, match=r"galore\.rank is 4 there and 5 here") as caught:
         loop.train(tiny_config(galore__rank=5), uninterrupted)
     assert "\n" not in str(caught.value)
-    assert (uninterrupted / "config.json").read_bytes() == before
+    assert contents(uninterrupted) == before
 
 
 def test_output_is_memory_progress_and_a_summary(tmp_path, capsys):
@@ -163,23 +171,111 @@ def test_a_damaged_newest_checkpoint_falls_back(uninterrupted, tmp_path, capsys)
     assert numbers(tmp_path) == before
 
 
-def test_a_loss_that_is_not_finite_stops_the_run(tmp_path, monkeypatch):
+def poisoned(monkeypatch, poison):
+    """Makes the training step pass its results through ``poison(state, metrics)``."""
     make = steps.make_train_step
 
-    def poisoned(*args, **kwargs):
+    def make_poisoned(*args, **kwargs):
         step = make(*args, **kwargs)
+        return lambda state, batch: poison(*step(state, batch))
 
-        def train_step(state, batch):
-            state, metrics = step(state, batch)
-            bad = state.step == 8  # where a checkpoint is due
-            return state, {**metrics, "loss": metrics["loss"] + 0.0 / (1.0 - bad)}
+    monkeypatch.setattr(steps, "make_train_step", make_poisoned)
 
-        return train_step
 
-    monkeypatch.setattr(steps, "make_train_step", poisoned)
+def test_a_loss_that_is_not_finite_stops_the_run(tmp_path, monkeypatch):
+    def poison(state, metrics):  # at a step where a checkpoint is due
+        return state, {**metrics, "loss": metrics["loss"] + jnp.where(state.step == 8, jnp.nan, 0)}
+
+    poisoned(monkeypatch, poison)
     with pytest.raises(UserError, match=r"loss nan .* at step 8: .*checkpoint of step 4 is"):
         loop.train(tiny_config(), tmp_path)
     assert [path.name for path in (tmp_path / "checkpoints").iterdir()] == ["4"]
+
+
+def test_weights_that_are_not_finite_are_never_saved(tmp_path, monkeypatch):
+    def poison(state, metrics):  # the loss of step 4 is that of the weights before it
+        bad = jnp.where(state.step == 4, jnp.inf, 0.0)
+        return state._replace(params=jax.tree.map(lambda w: w + bad, state.params)), metrics
+
+    poisoned(monkeypatch, poison)
+    with pytest.raises(UserError, match=r"not finite at step 4: stopped"):
+        loop.train(tiny_config(), tmp_path)
+    assert not list((tmp_path / "checkpoints").iterdir())
+
+
+def test_a_loss_whose_perplexity_overflows_is_told(tmp_path):
+    loop.train(tiny_config(train_steps=3, schedule__peak_lr=1e4), tmp_path)
+    last = read_metrics(tmp_path)[-1]
+    assert last["eval_loss"] > 710
+    assert last["eval_perplexity"] == float("inf")
+
+
+def test_a_run_may_be_cut_to_a_few_steps(tmp_path):
+    loop.train(tiny_config(train_steps=3, schedule__warmup_steps=None), tmp_path)
+    assert numbers(tmp_path)[-1]["step"] == 3
+
+
+def test_other_data_is_refused_on_resume(tmp_path):
+    loop.train(tiny_config(train_steps=3), tmp_path)
+    checkpoints = tmp_path / "checkpoints"
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(loop.settings, "open_data", lambda config: other_source(config))
+        with pytest.raises(UserError, match=r"was trained on sample: .* and the data now is other"):
+            loop.train(tiny_config(train_steps=3), tmp_path)
+    assert [path.name for path in checkpoints.iterdir()] == ["3"]
+
+
+def other_source(config):
+    data = TextData(DataConfig(**config.data.to_dict()), vocab_size=8192)
+    data.source = "other"
+    return data
+
+
+def test_a_stop_during_an_evaluation_leaves_it_for_later(uninterrupted, tmp_path, monkeypatch):
+    evaluate = TextData.eval_batches
+
+    def interrupted(self, *, batch_size):
+        calls.append(batch_size)
+        for batch in evaluate(self, batch_size=batch_size):
+            if len(calls) == 2:  # that of step 6
+                signal.raise_signal(signal.SIGTERM)
+            yield batch
+
+    calls = []
+    with monkeypatch.context() as patch:
+        patch.setattr(TextData, "eval_batches", interrupted)
+        loop.train(tiny_config(), tmp_path)
+    assert numbers(tmp_path)[-1]["step"] == 6
+    assert "eval_loss" not in numbers(tmp_path)[-1]
+    loop.train(tiny_config(), tmp_path)
+    assert numbers(tmp_path) == numbers(uninterrupted)
+
+
+def test_a_signal_before_the_first_step(tmp_path, monkeypatch, capsys):
+    make = steps.make_train_step
+
+    def slow_to_compile(*args, **kwargs):
+        signal.raise_signal(signal.SIGTERM)
+        return make(*args, **kwargs)
+
+    monkeypatch.setattr(steps, "make_train_step", slow_to_compile)
+    loop.train(tiny_config(), tmp_path)
+    assert "stopped by SIGTERM before the first step" in capsys.readouterr().out
+    assert not (tmp_path / "config.json").exists()
+
+
+@pytest.mark.slow
+def test_a_closed_pipe_is_no_traceback(tmp_path):
+    command = f"{sys.executable} train.py --workdir={tmp_path} {' '.join(tiny_flags())} | head -1"
+    done = subprocess.run(command, shell=True, capture_output=True, text=True, cwd=ROOT)
+    assert done.stdout.startswith("model ")
+    assert "Traceback" not in done.stderr
+
+
+def test_a_folder_whose_config_is_not_one(tmp_path):
+    (tmp_path / "config.json").write_text("[1]")
+    with pytest.raises(UserError, match="no config of a run"):
+        loop.train(tiny_config(), tmp_path)
 
 
 def test_a_checkpoint_that_does_not_fit_is_refused(tmp_path):
@@ -199,7 +295,7 @@ def test_a_checkpoint_that_does_not_fit_is_refused(tmp_path):
         ({"model__vocab_size": 8000}, "tokenizer has 8192 ids and the model a vocabulary of 8000"),
         ({"model__num_heads": 3}, "hidden_size 16 is not a multiple of num_heads 3"),
         ({"galore__target_modules": ("attn_norm",)}, "matches no leaf"),
-        ({"dtype": "float31"}, "dtype is 'float31'"),
+        ({"dtype": "float31"}, "dtype='float31' must be"),
     ],
 )
 def test_bad_input_is_one_line_and_writes_nothing(overrides, message, tmp_path):
@@ -211,8 +307,6 @@ def test_bad_input_is_one_line_and_writes_nothing(overrides, message, tmp_path):
 
 
 def test_a_folder_in_use_is_refused(tmp_path):
-    from galore_jax.training.workdir import claim
-
     with (
         claim(tmp_path, tiny_config()),
         pytest.raises(UserError, match="in use by another process"),

@@ -153,16 +153,18 @@ def test_tensorboard_missing_names_the_extra(tmp_path, monkeypatch):
 
 def test_run_record(tmp_path):
     config = {"galore": {"rank": 128}, "seed": 0, "model": "llama_60m"}
-    write_run_record(tmp_path / "new", config)
-    write_run_record(tmp_path / "new", config)
-    assert json.loads((tmp_path / "new/config.json").read_text()) == config
-    versions = json.loads((tmp_path / "new/versions.json").read_text())
+    write_run_record(tmp_path, config, first=True)
+    versions = json.loads((tmp_path / "versions.json").read_text())
+    (tmp_path / "versions.json").write_text("those that the run began with")
+    write_run_record(tmp_path, {**config, "seed": 1}, first=False)
+    assert json.loads((tmp_path / "config.json").read_text()) == {**config, "seed": 1}
+    assert (tmp_path / "versions.json").read_text() == "those that the run began with"
     wanted = (
         "python jax jaxlib flax optax orbax-checkpoint grain numpy galore_jax device_kind platform"
     )
     assert set(wanted.split()) <= set(versions)
     assert versions["numpy"] == np.__version__
-    assert sorted(path.name for path in (tmp_path / "new").iterdir()) == [
+    assert sorted(path.name for path in tmp_path.iterdir()) == [
         "config.json",
         "versions.json",
     ]
