@@ -1,4 +1,12 @@
-"""A 9M-parameter LLaMA on the offline sample of real English: minutes on two CPU cores."""
+"""A 9M-parameter LLaMA on the offline sample of real English: minutes on two CPU cores.
+
+  python train.py
+  python train.py --config=configs/sample.py:method=full
+
+600 updates of 8 x 128 tokens. Held-out loss, from ln(8192) = 9.01 nats a token: 4.795 with GaLore,
+4.824 with full-rank AdamW (one seed; jax 0.10.2, CPU). The learning rates are the best of the grid
+in docs/sweep_sample.md.
+"""
 
 from ml_collections import ConfigDict
 
@@ -10,7 +18,6 @@ def get_config(arg: str = "") -> ConfigDict:
     config.train_steps = 600
     config.batch_size = 8
     config.micro_batch_size = 8
-    config.log_every_steps = 10
     config.eval_every_steps = 200
     config.eval_tokens = 50_000
     config.checkpoint_every_steps = 100
@@ -27,7 +34,9 @@ def get_config(arg: str = "") -> ConfigDict:
     config.data.seq_len = 128
     config.data.packing = True
 
-    config.schedule.peak_lr = 0.01
+    config.schedule.peak_lr = 0.02
     config.galore.rank = 64
     config.galore.update_proj_gap = 50
+    config.galore.scale = 0.0625
+    config.optimizer.matrix_lr_scale = 0.03125
     return config

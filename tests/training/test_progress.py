@@ -141,7 +141,8 @@ def test_no_color_is_honoured():
 
 
 ON_A_TERMINAL = """
-import time
+import signal, time
+signal.signal(signal.SIGINT, signal.default_int_handler)  # a background job inherits none
 from galore_jax.training.progress import Progress
 with Progress(100) as progress:
     progress.update(10, loss=3.0, learning_rate=0.01, tokens_per_second=1000.0)

@@ -20,9 +20,12 @@ OVERRIDES = {
     "model.num_layers": 2,
     "model.num_heads": 2,
     "data.seq_len": 16,
+    "schedule.peak_lr": 0.01,
     "schedule.warmup_steps": 2,
     "galore.rank": 4,
     "galore.update_proj_gap": 3,
+    "galore.scale": 0.25,
+    "optimizer.matrix_lr_scale": 1.0,
 }
 
 
