@@ -53,8 +53,6 @@ def parse(argv: list[str], *, usage: str, configs: Path) -> Arguments | None:
         rest = values(argv)
         config = config_flag.value
         method, optimizer = config.method, config.optimizer.name
-    except UserError:
-        raise
     except (
         flags.Error,
         AttributeError,

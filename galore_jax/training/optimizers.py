@@ -14,7 +14,8 @@ from galore_jax.selection import is_projected
 from galore_jax.training.settings import Config, learning_rate
 from galore_jax.transform import galore
 
-# What these aliases call the config's b1 and weight_decay.
+_SETTINGS = ("b1", "b2", "eps", "weight_decay")
+# What these aliases call some of them.
 _OWN_NAMES = {
     "adafactor": {"b1": "momentum"},
     "sgd": {"b1": "momentum"},
@@ -69,16 +70,15 @@ def _alias(config: Config) -> optax.GradientTransformation:
     arguments: dict[str, Any] = dict(_FIXED.get(settings.name, {}))
     if settings.name == "muon":
         arguments["muon_weight_dimension_numbers"] = _muon_matrices(config)
-    for key in ("b1", "b2", "eps", "weight_decay"):
+    for key in _SETTINGS:
         value, name = settings[key], own_names.get(key, key)
         if name in parameters and value is not None:
             arguments[name] = value
         elif value:
-            keys = ("b1", "b2", "eps", "weight_decay")
-            takes = [k for k in keys if own_names.get(k, k) in parameters]
+            takes = [k for k in _SETTINGS if own_names.get(k, k) in parameters]
             raise UserError(
                 f"config.optimizer.{key}={value} is not for {settings.name}, which takes "
-                + (", ".join(takes) or "none of b1, b2, eps, weight_decay")
+                + (", ".join(takes) or f"none of {', '.join(_SETTINGS)}")
             )
     try:
         return make(learning_rate(config), **arguments)

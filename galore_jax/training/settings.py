@@ -41,6 +41,8 @@ _POSITIVE = (
 )
 _DTYPES = ("bfloat16", "float16", "float32")
 _CHOICES = {
+    "dtype": _DTYPES,
+    "param_dtype": _DTYPES,
     "method": ("galore", "full"),
     "data.name": ("c4", "sample"),
     "galore.proj_type": ("std",),
@@ -58,7 +60,7 @@ def check_config(config: Config) -> None:
     def refuse(key: str, allowed: str) -> None:
         raise UserError(f"config.{key}={_get(config, key)!r} must be {allowed}")
 
-    for key, value in _leaves(config):
+    for key, value in flat_items(config):
         if isinstance(value, float) and not math.isfinite(value):
             refuse(key, "a finite number")
     for key in (*_AT_LEAST_ONE, *_AT_LEAST_ZERO):
@@ -70,9 +72,6 @@ def check_config(config: Config) -> None:
         value = _get(config, key)
         if value is not None and not 0 <= value < 1:
             refuse(key, "at least 0 and less than 1")
-    for key in ("dtype", "param_dtype"):
-        if _get(config, key) not in _DTYPES:
-            refuse(key, " or ".join(_DTYPES))
     if config.data.seq_len < 2:
         refuse("data.seq_len", "at least 2: a token and the one it predicts")
     for key in _POSITIVE:
@@ -94,10 +93,15 @@ def check_config(config: Config) -> None:
         refuse("tensorboard", "False, or install the extra: pip install 'galore-jax[tensorboard]'")
 
 
-def _leaves(config: Config, prefix: str = "") -> Iterator[tuple[str, Any]]:
+def flat_items(config: Config, prefix: str = "") -> Iterator[tuple[str, Any]]:
+    """The values of a config, or of nested dicts, by their dotted keys.
+
+    >>> list(flat_items({"seed": 0, "galore": {"rank": 4}}))
+    [('seed', 0), ('galore.rank', 4)]
+    """
     for key, value in config.items():
         if hasattr(value, "items"):
-            yield from _leaves(value, f"{prefix}{key}.")
+            yield from flat_items(value, f"{prefix}{key}.")
         else:
             yield prefix + key, value
 

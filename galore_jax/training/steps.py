@@ -1,5 +1,6 @@
 """The pure functions of training: first state, one update, evaluation of one batch."""
 
+import functools
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -36,15 +37,8 @@ def init_state(model: LlamaConfig, tx: optax.GradientTransformation, key: jax.Ar
 
 def graph_definition(model: LlamaConfig) -> Any:
     """The model's static part, for ``llama.apply``."""
-    found = []
-
-    def init(key: jax.Array) -> Any:
-        graphdef, params = llama.init_params(model, key)
-        found.append(graphdef)
-        return params
-
-    jax.eval_shape(init, jax.random.key(0))
-    return found[0]
+    graphdef, _ = jax.eval_shape(functools.partial(llama.init_params, model), jax.random.key(0))
+    return graphdef
 
 
 def make_train_step(

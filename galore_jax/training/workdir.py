@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from galore_jax.errors import UserError
-from galore_jax.training.settings import Config
+from galore_jax.training.settings import Config, flat_items
 
 # Keys that leave every weight of a run as it is: they may change when it is resumed.
 _FREE = frozenset(
@@ -69,7 +69,7 @@ def _check_same_run(workdir: Path, wanted: Mapping[str, Any]) -> None:
         raise UserError(f"{record} cannot be read ({error}); give another --workdir") from error
     if not isinstance(found, dict):
         raise UserError(f"{record} is no config of a run; give another --workdir")
-    here, there = _flat(wanted), _flat(found)
+    here, there = dict(flat_items(wanted)), dict(flat_items(found))
     differing = [
         f"{key} is {there.get(key)!r} there and {here.get(key)!r} here"
         for key in sorted(here.keys() | there.keys())
@@ -81,13 +81,3 @@ def _check_same_run(workdir: Path, wanted: Mapping[str, Any]) -> None:
             f"--workdir={workdir} holds another config's run: {'; '.join(differing[:4])}{more}; "
             "give another --workdir, or the same config to resume"
         )
-
-
-def _flat(tree: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
-    flat: dict[str, Any] = {}
-    for key, value in tree.items():
-        if isinstance(value, Mapping):
-            flat |= _flat(value, f"{prefix}{key}.")
-        else:
-            flat[prefix + key] = value
-    return flat
