@@ -80,8 +80,13 @@ def get_config(arg: str = "") -> ConfigDict:
     config.galore.rank = 128
     config.galore.update_proj_gap = 200  # updates between two changes of basis
     config.galore.scale = 0.25  # factor on the updates of the projected matrices
-    config.galore.proj_type = "std"  # project the smaller side
-    config.galore.basis = "svd"  # exact
+    # "std": project the smaller side; "reverse_std": the larger; "full": both; "left"; "right"
+    config.galore.proj_type = "std"
+    # "svd" and "eigh": exact; "subspace_iteration", "randomized"; "random": whatever the gradient
+    config.galore.basis = "svd"
+    config.galore.power_iterations = 1  # rounds of subspace_iteration and randomized at a refresh
+    config.galore.transport = False  # first moments follow the basis
+    config.galore.projector_dtype = config_dict.placeholder(str)  # None: param_dtype
     config.galore.target_modules = ("attn", "mlp")  # regular expressions on the weights' paths
 
     for item in filter(None, arg.split(",")):

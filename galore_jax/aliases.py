@@ -5,7 +5,9 @@ from typing import Any
 
 import optax
 
-from galore_jax.transform import Basis, ProjType, galore
+from galore_jax.bases import Basis
+from galore_jax.projection import ProjType
+from galore_jax.transform import galore
 
 
 def galore_adamw(

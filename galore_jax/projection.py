@@ -1,44 +1,75 @@
-"""The mathematics of GaLore on one matrix, or on a stack of matrices along leading axes.
+"""Projection of one matrix, or of a stack of matrices along leading axes, onto a basis.
 
-A gradient ``G`` of shape (..., m, n) is projected onto an orthonormal basis ``P`` of one of its
-sides (Zhao et al. 2024, arXiv:2403.03507, section 3 and Definition 3.4):
+A gradient ``G`` of shape (..., m, n) is projected onto an orthonormal basis of one of its sides, or
+of both (Zhao et al. 2024, arXiv:2403.03507, section 3 and Definition 3.4):
 
-=======  ==============  ==========================  ===============
-side     P               R, the projected gradient   brought back
-=======  ==============  ==========================  ===============
-left     (..., m, r)     ``P^T G``, (..., r, n)      ``P R``
-right    (..., n, r)     ``G P``, (..., m, r)        ``R P^T``
-=======  ==============  ==========================  ===============
+=======  ========================  ==============================  ===============
+side     basis                     coordinates R                   brought back
+=======  ========================  ==============================  ===============
+left     P (..., m, r)             ``P^T G``, (..., r, n)          ``P R``
+right    P (..., n, r)             ``G P``, (..., m, r)            ``R P^T``
+both     P, Q: (m, r) and (n, r)   ``P^T G Q``, (..., r, r)        ``P R Q^T``
+=======  ========================  ==============================  ===============
 """
 
-from typing import Literal
+from collections.abc import Callable
+from typing import Any, Literal, NamedTuple, get_args
 
 import jax
 import jax.numpy as jnp
 
-Side = Literal["left", "right"]
+ProjType = Literal["std", "reverse_std", "left", "right", "full"]
+Side = Literal["left", "right", "both"]
+
+PROJ_TYPES: tuple[ProjType, ...] = get_args(ProjType)
 
 # Orthonormality is what makes project_back the inverse of project on the subspace: products with a
 # basis are taken in full float32 on hardware whose default for float32 is less (TPU, TF32).
 _PRECISION = jax.lax.Precision.HIGHEST
 
 
-def std_side(shape: tuple[int, ...]) -> Side:
-    """The side that ``proj_type="std"`` projects: the smaller one, as in the paper.
+class TwoSided(NamedTuple):
+    """The two bases of ``proj_type="full"``.
 
-    Flax kernels are (in, out) and torch weights (out, in). For a square matrix the reference
-    (``galore_torch/galore_projector.py``) takes the *in* side, which is the left one here.
+    Attributes:
+      left: P, (..., m, r).
+      right: Q, (..., n, r).
+    """
+
+    left: Any
+    right: Any
+
+
+Projector = jax.Array | TwoSided
+
+
+def projected_side(shape: tuple[int, ...], proj_type: ProjType = "std") -> Side:
+    """The side of a matrix that a ``proj_type`` projects.
+
+    ``std`` is the smaller side, as in the paper, and ``reverse_std`` the larger one. Flax kernels
+    are (in, out) and torch weights (out, in). For a square matrix the reference
+    (``galore_torch/galore_projector.py``) takes the *in* side with ``std``, which is the left one
+    here; with ``reverse_std`` ``optax.contrib.galore`` takes the left one, and so do we.
+    ``left`` and ``right`` are the sides of the matrix as it is stored.
 
     Args:
       shape: (..., m, n) of a kernel.
+      proj_type: as in the reference.
 
     Returns:
-      ``"left"`` if m <= n, else ``"right"``.
+      ``"left"``, ``"right"``, or ``"both"`` for ``full``.
 
-    >>> std_side((512, 1376)), std_side((512, 512)), std_side((8, 1376, 512))
+    >>> projected_side((512, 1376)), projected_side((512, 512)), projected_side((8, 1376, 512))
     ('left', 'left', 'right')
+    >>> projected_side((512, 1376), "reverse_std"), projected_side((512, 1376), "full")
+    ('right', 'both')
     """
-    return "left" if shape[-2] <= shape[-1] else "right"
+    m, n = shape[-2:]
+    if proj_type == "std":
+        return "left" if m <= n else "right"
+    if proj_type == "reverse_std":
+        return "left" if m >= n else "right"
+    return "both" if proj_type == "full" else proj_type
 
 
 def effective_rank(shape: tuple[int, ...], rank: int) -> int:
@@ -50,84 +81,82 @@ def effective_rank(shape: tuple[int, ...], rank: int) -> int:
     return min(rank, *shape[-2:])
 
 
-def projector_shape(shape: tuple[int, ...], rank: int, side: Side) -> tuple[int, ...]:
-    """Shape of the basis of a (..., m, n) matrix: (..., m, r) for left, (..., n, r) for right.
+def projected_shape(shape: tuple[int, ...], rank: int, side: Side) -> tuple[int, ...]:
+    """Shape of the coordinates: (..., r, n) for left, (..., m, r) for right, (..., r, r) for both.
 
-    >>> projector_shape((8, 512, 1376), 128, "left")
+    >>> projected_shape((8, 512, 1376), 128, "left"), projected_shape((512, 1376), 128, "both")
+    ((8, 128, 1376), (128, 128))
+    """
+    r, (m, n) = effective_rank(shape, rank), shape[-2:]
+    rows, columns = {"left": (r, n), "right": (m, r), "both": (r, r)}[side]
+    return (*shape[:-2], rows, columns)
+
+
+def empty_projector(
+    shape: tuple[int, ...], rank: int, side: Side, dtype: jax.typing.DTypeLike
+) -> Projector:
+    """A projector of zeros: (..., m, r) for left, (..., n, r) for right, the two for both.
+
+    >>> empty_projector((8, 512, 1376), 128, "left", "float32").shape
     (8, 512, 128)
     """
-    rows = shape[-2] if side == "left" else shape[-1]
-    return (*shape[:-2], rows, effective_rank(shape, rank))
-
-
-def projected_shape(shape: tuple[int, ...], rank: int, side: Side) -> tuple[int, ...]:
-    """Shape of the projected gradient: (..., r, n) for left, (..., m, r) for right.
-
-    >>> projected_shape((8, 512, 1376), 128, "left")
-    (8, 128, 1376)
-    """
     r = effective_rank(shape, rank)
-    return (*shape[:-2], r, shape[-1]) if side == "left" else (*shape[:-1], r)
+    left, right = ((*shape[:-2], rows, r) for rows in shape[-2:])
+    if side == "both":
+        return TwoSided(jnp.zeros(left, dtype), jnp.zeros(right, dtype))
+    return jnp.zeros(left if side == "left" else right, dtype)
 
 
-def svd_basis(gradient: jax.Array, rank: int, side: Side) -> jax.Array:
-    """The top singular vectors of a gradient, with a sign that does not depend on the solver.
-
-    A singular vector's sign is arbitrary, but moments are carried over a change of basis, so it
-    matters: in each vector the entry of largest magnitude is made positive.
-
-    Args:
-      gradient: (..., m, n), any float dtype; the decomposition is in float32 (float64 for float64).
-      rank: number of vectors; more than ``min(m, n)`` gives ``min(m, n)``.
-      side: which singular vectors.
-
-    Returns:
-      P of shape ``projector_shape(gradient.shape, rank, side)``, orthonormal columns by falling
-      singular value, float32 (float64 for float64). NaN where the gradient is not finite.
-
-    >>> import jax.numpy as jnp
-    >>> svd_basis(jnp.diag(jnp.array([1.0, -3.0, 2.0])), rank=2, side="left").astype(int).tolist()
-    [[0, 0], [1, 0], [0, 1]]
-    """
-    matrix = gradient.astype(jnp.promote_types(gradient.dtype, jnp.float32))
-    u, _, vh = jnp.linalg.svd(matrix, full_matrices=False)
-    basis = u if side == "left" else jnp.swapaxes(vh, -2, -1)
-    return fix_signs(basis[..., :, : effective_rank(gradient.shape, rank)])
-
-
-def fix_signs(basis: jax.Array) -> jax.Array:
-    """Flip each column of a (..., k, r) basis so that its entry of largest magnitude is positive.
-
-    >>> import jax.numpy as jnp
-    >>> fix_signs(jnp.array([[0.6, 0.8], [-0.8, 0.6]])).tolist() == [[-0.6000000238418579,
-    ...     0.800000011920929], [0.800000011920929, 0.6000000238418579]]
-    True
-    """
-    largest = jnp.argmax(jnp.abs(basis), axis=-2, keepdims=True)
-    return basis * jnp.where(jnp.take_along_axis(basis, largest, axis=-2) < 0, -1, 1)
-
-
-def project(matrix: jax.Array, projector: jax.Array, side: Side) -> jax.Array:
+def project(matrix: jax.Array, projector: Projector, side: Side) -> jax.Array:
     """Coordinates of a (..., m, n) matrix in the basis, in the matrix's dtype.
 
     >>> import jax.numpy as jnp
     >>> project(jnp.ones((4, 6)), jnp.eye(4, 2), "left").shape
     (2, 6)
     """
-    basis = projector.astype(matrix.dtype)
-    if side == "left":
-        return jnp.matmul(jnp.swapaxes(basis, -2, -1), matrix, precision=_PRECISION)
-    return jnp.matmul(matrix, basis, precision=_PRECISION)
+    return _on_each_side(matrix, projector, side, lambda basis: jnp.swapaxes(basis, -2, -1))
 
 
-def project_back(coordinates: jax.Array, projector: jax.Array, side: Side) -> jax.Array:
+def project_back(coordinates: jax.Array, projector: Projector, side: Side) -> jax.Array:
     """The (..., m, n) matrix of the given coordinates, in the coordinates' dtype.
 
     >>> import jax.numpy as jnp
     >>> project_back(jnp.ones((2, 6)), jnp.eye(4, 2), "left").shape
     (4, 6)
     """
-    basis = projector.astype(coordinates.dtype)
-    if side == "left":
-        return jnp.matmul(basis, coordinates, precision=_PRECISION)
-    return jnp.matmul(coordinates, jnp.swapaxes(basis, -2, -1), precision=_PRECISION)
+    return _on_each_side(coordinates, projector, side, lambda basis: basis)
+
+
+def transport(coordinates: jax.Array, old: Projector, new: Projector, side: Side) -> jax.Array:
+    """Coordinates in a new basis of what has the given ones in the old: ``(P_new^T P_old) R``.
+
+    What lies outside the new subspace is lost. Computed in float32 (float64 for float64).
+
+    >>> import jax.numpy as jnp
+    >>> transport(jnp.array([[1.0], [2.0]]), jnp.eye(2), jnp.eye(2)[:, ::-1], "left").tolist()
+    [[2.0], [1.0]]
+    """
+
+    def turn(new_basis: jax.Array, old_basis: jax.Array) -> jax.Array:
+        dtype = jnp.promote_types(new_basis.dtype, jnp.float32)
+        transposed = jnp.swapaxes(new_basis.astype(dtype), -2, -1)
+        return jnp.matmul(transposed, old_basis.astype(dtype), precision=_PRECISION)
+
+    return _on_each_side(coordinates, jax.tree.map(turn, new, old), side, lambda basis: basis)
+
+
+def _on_each_side(
+    matrix: jax.Array,
+    projector: Projector,
+    side: Side,
+    orient: Callable[[jax.Array], jax.Array],
+) -> jax.Array:
+    """``A X`` on the left, ``X A^T`` on the right, with A the oriented basis of that side."""
+    out = matrix
+    left = projector.left if isinstance(projector, TwoSided) else projector
+    right = projector.right if isinstance(projector, TwoSided) else projector
+    if side != "right":
+        out = jnp.matmul(orient(left), out, precision=_PRECISION)
+    if side != "left":
+        out = jnp.matmul(out, jnp.swapaxes(orient(right), -2, -1), precision=_PRECISION)
+    return out.astype(matrix.dtype)

@@ -50,6 +50,9 @@ def make_optimizer(config: Config) -> optax.GradientTransformationExtraArgs:
             proj_type=low_rank.proj_type,
             target_modules=tuple(low_rank.target_modules),
             basis=low_rank.basis,
+            power_iterations=low_rank.power_iterations,
+            transport=low_rank.transport,
+            projector_dtype=low_rank.projector_dtype,
         )
     elif settings.matrix_lr_scale != 1.0:
         targets = tuple(low_rank.target_modules)

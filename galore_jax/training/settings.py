@@ -9,9 +9,11 @@ from typing import Any
 import jax
 import optax
 
+from galore_jax.bases import BASES
 from galore_jax.data.batches import DataConfig, TextData
 from galore_jax.errors import UserError
 from galore_jax.models.llama import LlamaConfig, count_params
+from galore_jax.projection import PROJ_TYPES
 
 Config = Any  # an ml_collections.ConfigDict with the keys of configs/base.py
 
@@ -24,6 +26,7 @@ _AT_LEAST_ONE = (
     "keep_checkpoints",
     "galore.rank",
     "galore.update_proj_gap",
+    "galore.power_iterations",
 )
 _AT_LEAST_ZERO = (
     "eval_every_steps",
@@ -45,8 +48,8 @@ _CHOICES = {
     "param_dtype": _DTYPES,
     "method": ("galore", "full"),
     "data.name": ("c4", "sample"),
-    "galore.proj_type": ("std",),
-    "galore.basis": ("svd",),
+    "galore.proj_type": PROJ_TYPES,
+    "galore.basis": BASES,
 }
 
 

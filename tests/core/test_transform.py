@@ -15,7 +15,7 @@ import optax
 import pytest
 
 import galore_jax
-from galore_jax import galore, galore_adamw, projection
+from galore_jax import bases, galore, galore_adamw
 
 GOLDEN = np.load(pathlib.Path(__file__).parents[1] / "golden" / "galore_torch.npz")
 CASES = json.loads(str(GOLDEN["cases"]))
@@ -200,7 +200,7 @@ def test_bfloat16_stays_and_the_basis_is_that_of_float32():
     assert all(u.dtype == jnp.bfloat16 for u in updates.values())
     shapes_of = lambda tree: jax.tree.map(lambda x: (x.shape, x.dtype), tree)  # noqa: E731
     assert shapes_of(new) == shapes_of(state)
-    exact = projection.svd_basis(grads["wide"].astype(jnp.float32), 2, "left")
+    exact = bases.svd_basis(grads["wide"].astype(jnp.float32), 2, "left")
     assert np.array_equal(new.projector["wide"], exact.astype(jnp.bfloat16))
 
 
@@ -253,8 +253,8 @@ def test_scan_and_no_recompilation():
 def test_signs_do_not_depend_on_the_solver():
     matrix = np.asarray(random_tree(3)["tall"])
     for side in ("left", "right"):
-        basis = np.asarray(projection.svd_basis(jnp.asarray(matrix), 4, side))
-        flipped = np.asarray(projection.svd_basis(jnp.asarray(-matrix), 4, side))
+        basis = np.asarray(bases.svd_basis(jnp.asarray(matrix), 4, side))
+        flipped = np.asarray(bases.svd_basis(jnp.asarray(-matrix), 4, side))
         np.testing.assert_allclose(basis, flipped, atol=1e-6)
         assert (np.take_along_axis(basis, np.abs(basis).argmax(0)[None], 0) > 0).all()
 
@@ -266,7 +266,7 @@ def test_signs_do_not_depend_on_the_solver():
         ({"rank": 2.0}, TypeError, r"rank must be an int of at least 1, got 2\.0"),
         ({"rank": True}, TypeError, "rank must be an int"),
         ({"update_proj_gap": 0}, ValueError, "update_proj_gap must be an int of at least 1, got 0"),
-        ({"scale": "1"}, TypeError, "scale must be a number, got '1'"),
+        ({"scale": "1"}, TypeError, "scale must be a number greater than 0, got '1'"),
         ({"proj_type": "diagonal"}, ValueError, "proj_type .*'diagonal'"),
         ({"basis": "qr"}, ValueError, "basis .*'qr'"),
         ({"target_modules": "("}, ValueError, "no regular expression"),
@@ -288,12 +288,28 @@ def test_bad_chains_and_targets():
         galore(optax.sgd(1.0), rank=2, target_modules="attention").init(random_tree(0))
 
 
-def test_an_optimizer_that_keeps_the_weights_is_refused_for_projected_leaves_alone():
-    tx = optax.contrib.schedule_free_sgd(0.1)
-    with pytest.raises(ValueError, match="made from the values of the weights"):
-        galore(tx, rank=2).init(random_tree(0))
-    wrapped = optax.contrib.schedule_free(galore(optax.sgd(0.1), rank=2), 0.1)
-    jax.eval_shape(wrapped.init, random_tree(0))
+def test_copies_of_the_weights_follow_the_basis():
+    # z = W + scale P (V_z - V) outside and inside: a schedule-free run whose learning rate is 0
+    # leaves the weights where they are, whatever the bases do.
+    params = random_tree(0)
+    tx = galore(optax.contrib.schedule_free_sgd(1e-12), rank=2, update_proj_gap=1)
+    state, update = tx.init(params), jax.jit(tx.update)
+    seen = params
+    for i in range(4):
+        updates, state = update(random_tree(i + 1), state, seen)
+        seen = optax.apply_updates(seen, updates)
+    for name in params:
+        np.testing.assert_allclose(seen[name], params[name], atol=1e-5)
+    low = state.projector["wide"].T @ seen["wide"] / 0.25
+    np.testing.assert_allclose(state.inner_state.z["wide"], low, atol=1e-5)
+
+
+def test_a_state_that_is_a_function_of_the_weights_is_refused():
+    inner = optax.GradientTransformation(
+        lambda params: jax.tree.map(jnp.square, params), lambda u, s, p=None: (u, s)
+    )
+    with pytest.raises(ValueError, match="function of the weights' values"):
+        galore(inner, rank=2).init(random_tree(0))
 
 
 def test_inject_hyperparams_of_the_scale():

@@ -1,0 +1,236 @@
+"""The bases onto which gradients are projected: exact, iterated, randomized, random.
+
+Every function takes a gradient of shape (..., m, n), any leading axes being a stack, computes in
+float32 (float64 for float64) and returns orthonormal columns in that dtype: (..., m, r) for the
+left side, (..., n, r) for the right one, and a :class:`~galore_jax.projection.TwoSided` of the
+two for both; r is ``min(rank, m, n)``.
+"""
+
+import functools
+import math
+from typing import Literal, get_args
+
+import jax
+import jax.numpy as jnp
+
+from galore_jax.projection import Projector, Side, TwoSided, effective_rank
+
+Basis = Literal["svd", "eigh", "subspace_iteration", "randomized", "random"]
+BASES: tuple[Basis, ...] = get_args(Basis)
+
+_PRECISION = jax.lax.Precision.HIGHEST
+_OVERSAMPLING = 8  # Halko et al. 2011 suggest 5 or 10
+_NOISE = 0.01  # norm of the random part of each column that subspace iteration starts from
+
+
+def find_basis(
+    basis: Basis,
+    gradient: jax.Array,
+    rank: int,
+    side: Side,
+    *,
+    old: Projector,
+    key: jax.Array,
+    power_iterations: int = 1,
+) -> Projector:
+    """The basis of that name; what it costs and captures is in docs/refresh.md.
+
+    Args:
+      basis: ``"svd"``, ``"eigh"``, ``"subspace_iteration"``, ``"randomized"`` or ``"random"``.
+      gradient: (..., m, n), finite.
+      rank: number of vectors; more than ``min(m, n)`` gives ``min(m, n)``.
+      side: ``"left"``, ``"right"`` or ``"both"``.
+      old: the basis so far, zeros if there is none; only subspace iteration looks at it.
+      key: for the random parts. All matrices of a stack share them.
+      power_iterations: rounds of subspace iteration or of the randomized basis, at least 1.
+
+    >>> import jax, jax.numpy as jnp
+    >>> g = jnp.diag(jnp.array([1.0, -3.0, 2.0]))
+    >>> old, key = jnp.zeros((3, 1)), jax.random.key(0)
+    >>> [find_basis(b, g, 1, "left", old=old, key=key).round().tolist() for b in ("svd", "eigh")]
+    [[[0.0], [1.0], [0.0]], [[0.0], [1.0], [0.0]]]
+    """
+    if basis == "svd":
+        return svd_basis(gradient, rank, side)
+    if basis == "eigh":
+        return eigh_basis(gradient, rank, side)
+    if basis == "subspace_iteration":
+        return subspace_iteration(gradient, old, key, side, power_iterations)
+    if basis == "randomized":
+        return randomized_basis(gradient, rank, key, side, power_iterations)
+    return random_basis(gradient, rank, key, side)
+
+
+def svd_basis(gradient: jax.Array, rank: int, side: Side) -> Projector:
+    """The top singular vectors, by falling singular value (Zhao et al. 2024, Algorithm 2).
+
+    A singular vector's sign is arbitrary, but moments are carried over a change of basis, so it
+    matters: in each vector the entry of largest magnitude is made positive.
+
+    >>> import jax.numpy as jnp
+    >>> svd_basis(jnp.diag(jnp.array([1.0, -3.0, 2.0])), rank=2, side="left").astype(int).tolist()
+    [[0, 0], [1, 0], [0, 1]]
+    """
+    r = effective_rank(gradient.shape, rank)
+    u, _, vh = jnp.linalg.svd(_in_float32(gradient), full_matrices=False)
+    left, right = u[..., :, :r], jnp.swapaxes(vh, -2, -1)[..., :, :r]
+    if side == "both":
+        return TwoSided(fix_signs(left), fix_signs(right))
+    return fix_signs(left if side == "left" else right)
+
+
+def eigh_basis(gradient: jax.Array, rank: int, side: Side) -> Projector:
+    """The same as :func:`svd_basis`, from the eigenvectors of the smaller side's Gram matrix.
+
+    Singular values are squared on the way: vectors of singular values below about 3e-4 of the
+    largest are noise in float32.
+
+    >>> import jax.numpy as jnp
+    >>> eigh_basis(jnp.diag(jnp.array([1.0, -3.0, 2.0])), 2, "left").round().astype(int).tolist()
+    [[0, 0], [1, 0], [0, 1]]
+    """
+    r = effective_rank(gradient.shape, rank)
+    matrix = _scaled(gradient)
+    smaller: Side = "left" if matrix.shape[-2] <= matrix.shape[-1] else "right"
+    if smaller == "right":
+        matrix = jnp.swapaxes(matrix, -2, -1)
+    small = fix_signs(_top_eigenvectors(matrix, r))
+    if side == smaller:
+        return small
+    large = fix_signs(orthonormalized(_matmul(jnp.swapaxes(matrix, -2, -1), small)))
+    if side != "both":
+        return large
+    return TwoSided(small, large) if smaller == "left" else TwoSided(large, small)
+
+
+def subspace_iteration(
+    gradient: jax.Array, old: Projector, key: jax.Array, side: Side, rounds: int = 1
+) -> Projector:
+    """Rounds of ``P <- orth(G (G^T P))`` from the basis so far (Halko et al. 2011, Algorithm 4.4).
+
+    Columns move continuously with the gradient: there is no fixed order or sign but that of the
+    QR decomposition with a positive diagonal. A little noise on the start finds directions to
+    which the old basis is orthogonal; from no basis at all (zeros) it is a randomized range finder.
+    With both sides, ``Q = orth(G^T P)``.
+
+    >>> import jax, jax.numpy as jnp
+    >>> g = jnp.diag(jnp.array([1.0, -30.0, 2.0]))
+    >>> subspace_iteration(g, jnp.eye(3, 1), jax.random.key(0), "left", 4).round().astype(int).T.tolist()
+    [[0, 1, 0]]
+    """
+    matrix = _scaled(gradient)
+    start = old.left if isinstance(old, TwoSided) else old
+    if side == "right":
+        matrix = jnp.swapaxes(matrix, -2, -1)
+    transposed = jnp.swapaxes(matrix, -2, -1)
+    k, r = start.shape[-2:]
+    found = start.astype(matrix.dtype) + _NOISE / math.sqrt(k) * _normal(key, k, r, matrix.dtype)
+    for _ in range(rounds):
+        found = orthonormalized(_matmul(matrix, _matmul(transposed, found)))
+    if side == "both":
+        return TwoSided(found, orthonormalized(_matmul(transposed, found)))
+    return found
+
+
+def randomized_basis(
+    gradient: jax.Array, rank: int, key: jax.Array, side: Side, power_iterations: int = 1
+) -> Projector:
+    """The top singular vectors of a randomized SVD (Halko et al. 2011, arXiv:0909.4061).
+
+    >>> import jax, jax.numpy as jnp
+    >>> g = jnp.diag(jnp.array([1.0, -3.0, 2.0]))
+    >>> randomized_basis(g, 2, jax.random.key(0), "left").round().astype(int).tolist()
+    [[0, 0], [1, 0], [0, 1]]
+    """
+    matrix, r = _scaled(gradient), effective_rank(gradient.shape, rank)
+    if side == "right":
+        matrix = jnp.swapaxes(matrix, -2, -1)
+    transposed = jnp.swapaxes(matrix, -2, -1)
+    width = effective_rank(gradient.shape, r + _OVERSAMPLING)
+    found = _matmul(matrix, _normal(key, matrix.shape[-1], width, matrix.dtype))
+    found = orthonormalized(found)
+    for _ in range(power_iterations):
+        found = orthonormalized(_matmul(matrix, _matmul(transposed, found)))
+    inside = _top_eigenvectors(_matmul(jnp.swapaxes(found, -2, -1), matrix), r)
+    found = fix_signs(_matmul(found, inside))
+    if side == "both":
+        return TwoSided(found, fix_signs(orthonormalized(_matmul(transposed, found))))
+    return found
+
+
+def random_basis(gradient: jax.Array, rank: int, key: jax.Array, side: Side) -> Projector:
+    """A random subspace, whatever the gradient (GoLore, He et al. 2024, arXiv:2410.11289).
+
+    >>> import jax, jax.numpy as jnp
+    >>> random_basis(jnp.ones((8, 64, 256)), 4, jax.random.key(0), "left").shape
+    (8, 64, 4)
+    """
+    dtype, r = jnp.promote_types(gradient.dtype, jnp.float32), effective_rank(gradient.shape, rank)
+
+    def draw(key: jax.Array, rows: int) -> jax.Array:
+        basis = orthonormalized(_normal(key, rows, r, dtype))
+        return jnp.broadcast_to(basis, (*gradient.shape[:-2], rows, r))
+
+    m, n = gradient.shape[-2:]
+    if side == "both":
+        of_left, of_right = jax.random.split(key)
+        return TwoSided(draw(of_left, m), draw(of_right, n))
+    return draw(key, m if side == "left" else n)
+
+
+def fix_signs(basis: jax.Array) -> jax.Array:
+    """Flip each column of a (..., k, r) basis so that its entry of largest magnitude is positive.
+
+    >>> import jax.numpy as jnp
+    >>> fix_signs(jnp.array([[0.5, 1.0], [-0.75, 0.0]])).tolist()
+    [[-0.5, 1.0], [0.75, 0.0]]
+    """
+    largest = jnp.argmax(jnp.abs(basis), axis=-2, keepdims=True)
+    return basis * jnp.where(jnp.take_along_axis(basis, largest, axis=-2) < 0, -1, 1)
+
+
+def orthonormalized(columns: jax.Array) -> jax.Array:
+    """Orthonormal (..., k, r) columns, each on the positive side of the one it was made from.
+
+    >>> import jax.numpy as jnp
+    >>> orthonormalized(jnp.array([[-2.0, 1.0], [0.0, 3.0]])).tolist()
+    [[-1.0, 0.0], [0.0, 1.0]]
+    """
+    if columns.ndim == 2:
+        return _qr(columns)
+    # On CPU one matrix at a time: with jaxlib 0.10.2 stacked QRs that run at once wait for each
+    # other's threads and never end.
+    stack = columns.reshape(-1, *columns.shape[-2:])
+    one_by_one = functools.partial(jax.lax.map, _qr)
+    return jax.lax.platform_dependent(stack, cpu=one_by_one, default=_qr).reshape(columns.shape)
+
+
+def _qr(columns: jax.Array) -> jax.Array:
+    q, r = jnp.linalg.qr(columns)
+    diagonal = jnp.diagonal(r, axis1=-2, axis2=-1)
+    return q * jnp.where(diagonal < 0, -1, 1)[..., None, :]
+
+
+def _top_eigenvectors(wide: jax.Array, count: int) -> jax.Array:
+    """Of ``W W^T``, by falling eigenvalue."""
+    _, vectors = jnp.linalg.eigh(_matmul(wide, jnp.swapaxes(wide, -2, -1)))
+    return jnp.flip(vectors[..., :, -count:], axis=-1)
+
+
+def _in_float32(gradient: jax.Array) -> jax.Array:
+    return gradient.astype(jnp.promote_types(gradient.dtype, jnp.float32))
+
+
+def _scaled(gradient: jax.Array) -> jax.Array:
+    """With 1 as the largest magnitude, so that squares neither vanish nor overflow."""
+    matrix = _in_float32(gradient)
+    largest = jnp.max(jnp.abs(matrix), axis=(-2, -1), keepdims=True)
+    return matrix / jnp.where(largest > 0, largest, 1)
+
+
+def _normal(key: jax.Array, rows: int, columns: int, dtype: jax.typing.DTypeLike) -> jax.Array:
+    return jax.random.normal(key, (rows, columns), dtype)
+
+
+def _matmul(a: jax.Array, b: jax.Array) -> jax.Array:
+    return jnp.matmul(a, b, precision=_PRECISION)

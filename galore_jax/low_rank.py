@@ -1,0 +1,263 @@
+"""The state of GaLore and one update of it: new bases, project, optimize, bring back."""
+
+import dataclasses
+import functools
+import warnings
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+
+from galore_jax import projection
+from galore_jax.decay import update_and_decay
+from galore_jax.inner_state import find_first_moments, find_weights
+from galore_jax.matrices import Matrix
+from galore_jax.projection import Projector
+
+# Of the leaves that are projected, by their index in the flat tree.
+Leaves = Mapping[int, jax.Array]
+Projectors = Mapping[int, Projector]
+
+
+class GaLoreState(NamedTuple):
+    """State of :func:`galore_jax.galore`.
+
+    Attributes:
+      count: number of updates so far, () int32.
+      projector: the params' tree; the basis of each projected leaf in ``projector_dtype``
+        (shapes: :mod:`galore_jax.projection`), ``optax.MaskedNode()`` for the other leaves.
+      inner_state: state of the wrapped optimizer, built on low-rank stand-ins for the projected
+        leaves (the coordinates' shape, the leaf's dtype).
+    """
+
+    count: jax.typing.ArrayLike  # pyright: ignore[reportIncompatibleMethodOverride]
+    projector: Any
+    inner_state: optax.OptState
+
+
+@dataclasses.dataclass(frozen=True)
+class LowRank:
+    """An optimizer on projected leaves: ``init`` and ``update`` of a gradient transformation.
+
+    Attributes:
+      optimizer: the one that sees the projected leaves.
+      find_matrices: how each leaf of a tree is projected, in the order of the leaves.
+      find_basis: of (gradient (..., m, n), basis so far, matrix, key), the new basis in float32.
+      update_proj_gap, scale, transport, projector_dtype, seed: see :func:`galore_jax.galore`.
+    """
+
+    optimizer: optax.GradientTransformationExtraArgs
+    find_matrices: Callable[[Any], list[Matrix | None]]
+    find_basis: Callable[[jax.Array, Projector, Matrix, jax.Array], Projector]
+    update_proj_gap: Any
+    scale: Any
+    transport: bool
+    projector_dtype: jax.typing.DTypeLike | None
+    seed: Any
+
+    def init(self, params: optax.Params) -> GaLoreState:
+        """The state before the first update."""
+        leaves, treedef = jax.tree.flatten(params)
+        projectors: list[Any] = [optax.MaskedNode()] * len(leaves)
+        stand_ins = list(leaves)
+        matrices = self._matrices(params)
+        for i, matrix in matrices.items():
+            dtype = self.projector_dtype or leaves[i].dtype
+            shape = matrix.matrix_shape, matrix.rank, matrix.side
+            projectors[i] = projection.empty_projector(*shape, dtype)
+            stand_ins[i] = jnp.zeros(projection.projected_shape(*shape), leaves[i].dtype)
+        low_params = treedef.unflatten(stand_ins)
+        find_weights(self.optimizer.init, low_params, matrices)
+        inner_state = self.optimizer.init(low_params)
+        moments = find_first_moments(inner_state, low_params, matrices)
+        if self.transport and matrices and not moments:
+            warnings.warn(
+                "transport=True does nothing here: the optimizer's state has no first moment "
+                "named mu, trace or ema",
+                stacklevel=2,
+            )
+        return GaLoreState(jnp.zeros([], jnp.int32), treedef.unflatten(projectors), inner_state)
+
+    def update(
+        self,
+        updates: optax.Updates,
+        state: Any,
+        params: optax.Params | None = None,
+        *,
+        refresh: bool | jax.Array | None = None,
+        **extra_args: Any,
+    ) -> tuple[optax.Updates, GaLoreState]:
+        """The updates in the full shapes, and the new state."""
+        leaves, treedef = jax.tree.flatten(updates)
+        of_params = None if params is None else treedef.flatten_up_to(params)
+        matrices = self._matrices(updates)
+        gradients = _as_matrices(leaves, matrices)
+        weights = {} if of_params is None else _as_matrices(of_params, matrices)
+        stored = treedef.flatten_up_to(state.projector)
+        projectors = _checked(stored, matrices)
+        shapes = _replaced(leaves, _low(gradients, projectors, matrices))
+        held = find_weights(self.optimizer.init, treedef.unflatten(shapes), matrices)
+        if held and of_params is None:
+            raise ValueError("the optimizer keeps copies of the weights: update needs the params")
+        # An optimizer that keeps copies of the weights trains V in W = W_outside + scale * P V.
+        unit = self.scale if held else 1
+
+        moments = {}
+        if self.transport:
+            low_tree = treedef.unflatten(shapes)
+            moments = find_first_moments(state.inner_state, low_tree, matrices)
+        projectors, inner_state = self._refreshed_if(
+            state.count % self.update_proj_gap == 0 if refresh is None else refresh,
+            projectors,
+            state,
+            gradients,
+            {i: (weight / unit).astype(weight.dtype) for i, weight in weights.items()},
+            matrices,
+            held.copies,
+            moments,
+        )
+
+        low_updates = treedef.unflatten(_replaced(leaves, _low(gradients, projectors, matrices)))
+        low_weights: Leaves = {}
+        decay: list[jax.Array | None] = [None] * len(matrices)
+        if of_params is None:
+            inner_updates, inner_state = self.optimizer.update(
+                low_updates, inner_state, None, **extra_args
+            )
+        else:
+            low_weights = {
+                i: (low / unit).astype(low.dtype)
+                for i, low in _low(weights, projectors, matrices).items()
+            }
+            low_params = treedef.unflatten(_replaced(of_params, low_weights))
+            if held.derived:
+                first = self.optimizer.init(low_params)
+                inner_state = _replaced_if(state.count == 0, held.derived, first, inner_state)
+            inner_updates, decay, inner_state = update_and_decay(
+                self.optimizer,
+                low_updates,
+                inner_state,
+                low_params,
+                tuple(matrices),
+                extra_args,
+                tuple(held.copies),
+            )
+
+        low = treedef.flatten_up_to(inner_updates)
+        full = {}
+        for (i, matrix), c in zip(matrices.items(), decay, strict=True):
+            # The inner update holds c P^T W; the decay is to be c W, free of scale.
+            step = low[i] if c is None else low[i] - c * low_weights[i]
+            back = self.scale * projection.project_back(step, projectors[i], matrix.side)
+            back = back if c is None else back + c * weights[i]
+            full[i] = matrix.from_matrix(back.astype(low[i].dtype))
+        new_state = GaLoreState(
+            optax.safe_increment(state.count),
+            treedef.unflatten(_replaced(stored, projectors)),
+            inner_state,
+        )
+        return treedef.unflatten(_replaced(low, full)), new_state
+
+    def _matrices(self, tree: Any) -> dict[int, Matrix]:
+        found = enumerate(self.find_matrices(tree))
+        return {i: matrix for i, matrix in found if matrix is not None}
+
+    def _refreshed_if(
+        self,
+        refresh: Any,
+        projectors: Projectors,
+        state: GaLoreState,
+        gradients: Leaves,
+        weights: Leaves,
+        matrices: Mapping[int, Matrix],
+        copies: Mapping[int, int],
+        moments: Mapping[int, int],
+    ) -> tuple[Projectors, optax.OptState]:
+        """New bases if ``refresh``, and what of the optimizer's state follows them."""
+        arrays, treedef = jax.tree.flatten(state.inner_state)
+        followers = {position: arrays[position] for position in (*copies, *moments)}
+
+        def refreshed(
+            operands: tuple[Projectors, Leaves],
+        ) -> tuple[Projectors, Leaves]:
+            old, followers = operands
+            key = jax.random.fold_in(jax.random.key(self.seed), state.count)
+            new, finite = {}, {}
+            for i, matrix in matrices.items():
+                is_finite = jnp.isfinite(gradients[i]).all(axis=(-2, -1), keepdims=True)
+                clean = jnp.where(is_finite, gradients[i], 0)
+                basis = self.find_basis(clean, old[i], matrix, key)
+                keep = functools.partial(_where, is_finite)
+                new[i], finite[i] = jax.tree.map(keep, basis, old[i]), is_finite
+            moved = {}
+            for position, array in followers.items():
+                i = copies[position] if position in copies else moments[position]
+                side = matrices[i].side
+                if position in copies:
+                    weight = weights[i].astype(array.dtype)
+                    before, after = (projection.project(weight, p, side) for p in (old[i], new[i]))
+                    there = after + projection.transport(array - before, old[i], new[i], side)
+                else:
+                    there = projection.transport(array, old[i], new[i], side)
+                moved[position] = _where(finite[i], there, array)
+            return new, moved
+
+        operands = projectors, followers
+        if isinstance(refresh, bool | np.bool_):
+            projectors, followers = refreshed(operands) if refresh else operands
+        elif jnp.shape(refresh) == () and jnp.issubdtype(jnp.result_type(refresh), jnp.bool_):
+            projectors, followers = jax.lax.cond(refresh, refreshed, lambda same: same, operands)
+        else:
+            raise TypeError(f"refresh must be a bool, a () bool array or None, got {refresh!r}")
+        return projectors, treedef.unflatten(_replaced(arrays, followers))
+
+
+def _where(condition: jax.Array, new: jax.Array, old: jax.Array) -> jax.Array:
+    return jnp.where(condition, new.astype(old.dtype), old)
+
+
+def _as_matrices(leaves: Sequence[Any], matrices: Mapping[int, Matrix]) -> Leaves:
+    return {i: matrix.to_matrix(leaves[i]) for i, matrix in matrices.items()}
+
+
+def _low(leaves: Leaves, projectors: Projectors, matrices: Mapping[int, Matrix]) -> Leaves:
+    return {
+        i: projection.project(leaves[i], projectors[i], matrix.side)
+        for i, matrix in matrices.items()
+    }
+
+
+def _replaced(leaves: Sequence[Any], by: Mapping[int, Any]) -> list[Any]:
+    return [by.get(i, leaf) for i, leaf in enumerate(leaves)]
+
+
+def _replaced_if(
+    condition: jax.Array, positions: Iterable[int], new: optax.OptState, old: optax.OptState
+) -> optax.OptState:
+    news, (olds, treedef) = jax.tree.leaves(new), jax.tree.flatten(old)
+    return treedef.unflatten(
+        _replaced(olds, {i: _where(condition, news[i], olds[i]) for i in positions})
+    )
+
+
+def _checked(stored: Sequence[Any], matrices: Mapping[int, Matrix]) -> Projectors:
+    """The projectors of a state, which must be those of the matrices."""
+    for i, projector in enumerate(stored):
+        expected = optax.MaskedNode()
+        if i in matrices:
+            m = matrices[i]
+            expected = jax.eval_shape(
+                functools.partial(
+                    projection.empty_projector, m.matrix_shape, m.rank, m.side, "float32"
+                )
+            )
+        if jax.tree.map(jnp.shape, projector) != jax.tree.map(jnp.shape, expected):
+            raise ValueError(
+                "the state was made with another rank, proj_type or choice of leaves: its "
+                f"projector is {jax.tree.map(jnp.shape, projector)} where these settings have "
+                f"{jax.tree.map(jnp.shape, expected)}"
+            )
+    return {i: stored[i] for i in matrices}
