@@ -21,6 +21,22 @@ from galore_jax.training.metrics import read_metrics
 ROOT = Path(__file__).parents[1]
 
 
+# basis, update_proj_gap, and whether first moments are transported
+RUNS = (
+    "svd:50",
+    "eigh:50",
+    "subspace_iteration:50",
+    "subspace_iteration:10",
+    "subspace_iteration:10:transport",
+    "eigh:10",
+    "eigh:10:transport",
+    "subspace_iteration:50:transport",
+    "randomized:50",
+    "random:50",
+    "eigh:50:transport",
+)
+
+
 class Variant(NamedTuple):
     """A row of the table."""
 
@@ -28,17 +44,12 @@ class Variant(NamedTuple):
     gap: int
     transport: bool
 
-
-def variants(gaps: list[int]) -> list[Variant]:
-    """Every basis at the largest gap; the exact and the warm one at each gap, both ways."""
-    largest = max(gaps)
-    compared = ("eigh", "subspace_iteration")
-    each = [Variant("svd", largest, False)]
-    each += [
-        Variant(*cell)
-        for cell in itertools.product(compared, sorted(gaps, reverse=True), (False, True))
-    ]
-    return each + [Variant(basis, largest, False) for basis in ("randomized", "random")]
+    @classmethod
+    def parse(cls, text: str) -> "Variant":
+        basis, gap, *rest = text.split(":")
+        if rest not in ([], ["transport"]):
+            raise ValueError(f"{text!r} is not BASIS:GAP or BASIS:GAP:transport")
+        return cls(basis, int(gap), bool(rest))
 
 
 def eval_loss(config: str, workdir: Path, variant: Variant, seed: int) -> float:
@@ -79,14 +90,14 @@ def main() -> None:
         description=__doc__, formatter_class=argparse.RawTextHelpFormatter
     )
     parser.add_argument("--config", default="configs/sample.py")
-    parser.add_argument("--update_proj_gap", type=int, nargs="+", default=[10, 50])
+    parser.add_argument("--runs", type=Variant.parse, nargs="+", help="BASIS:GAP[:transport]")
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
     parser.add_argument("--workdir", type=Path, default=Path("runs/bases"))
     parser.add_argument("--out", type=Path, required=True, help="the Markdown table to write")
     arguments = parser.parse_args()
     arguments.out.parent.mkdir(parents=True, exist_ok=True)
 
-    table: dict[Variant, list[float]] = {v: [] for v in variants(arguments.update_proj_gap)}
+    table: dict[Variant, list[float]] = {v: [] for v in arguments.runs or map(Variant.parse, RUNS)}
     for seed, (variant, losses) in itertools.product(arguments.seeds, table.items()):
         losses.append(eval_loss(arguments.config, arguments.workdir, variant, seed))
         print(f"seed {seed} {variant}: eval loss {losses[-1]:.4f}", flush=True)
@@ -98,7 +109,7 @@ def main() -> None:
             "    " + shlex.join(["python", "benchmarks/bases.py", *sys.argv[1:]]),
             "",
             f"Held-out loss in nats a token, jax {importlib.metadata.version('jax')}, CPU.",
-            "Mean and standard deviation over the seeds; difference: of the means, to the first row.",
+            "Mean and standard deviation over the seeds; difference of the mean from the first's.",
             "",
             "| basis | T | transport | "
             + " | ".join(f"seed {s}" for s in seeds)

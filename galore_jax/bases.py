@@ -115,8 +115,9 @@ def subspace_iteration(
 
     >>> import jax, jax.numpy as jnp
     >>> g = jnp.diag(jnp.array([1.0, -30.0, 2.0]))
-    >>> subspace_iteration(g, jnp.eye(3, 1), jax.random.key(0), "left", 4).round().astype(int).T.tolist()
-    [[0, 1, 0]]
+    >>> found = subspace_iteration(g, jnp.eye(3, 1), jax.random.key(0), "left", 4)
+    >>> found.round().astype(int).tolist()
+    [[0], [1], [0]]
     """
     matrix = _scaled(gradient)
     start = old.left if isinstance(old, TwoSided) else old
