@@ -46,6 +46,7 @@ class Variant(NamedTuple):
 
     @classmethod
     def parse(cls, text: str) -> "Variant":
+        """From ``BASIS:GAP`` or ``BASIS:GAP:transport``."""
         basis, gap, *rest = text.split(":")
         if rest not in ([], ["transport"]):
             raise ValueError(f"{text!r} is not BASIS:GAP or BASIS:GAP:transport")

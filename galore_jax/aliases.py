@@ -3,40 +3,59 @@
 from collections.abc import Callable, Sequence
 from typing import Any
 
+import jax
 import optax
 
 from galore_jax.bases import Basis
+from galore_jax.matrices import Rank
 from galore_jax.projection import ProjType
+from galore_jax.reference import decay_weights, scale_by_reference_adam
 from galore_jax.transform import galore
 
 
 def galore_adamw(
     learning_rate: optax.ScalarOrSchedule,
-    rank: int = 128,
+    rank: Rank = 128,
     *,
     update_proj_gap: int = 200,
     scale: float = 0.25,
     proj_type: ProjType = "std",
     target_modules: str | Sequence[str] | None = None,
+    weight_dimension_numbers: Any = None,
     basis: Basis = "svd",
+    power_iterations: int = 1,
+    transport: bool = False,
+    projector_dtype: jax.typing.DTypeLike | None = None,
+    seed: int = 0,
     b1: float = 0.9,
     b2: float = 0.999,
     eps: float = 1e-8,
     weight_decay: float = 0.0,
     mask: Any | Callable[[optax.Params], Any] | None = None,
+    galore_torch_order: bool = False,
 ) -> optax.GradientTransformationExtraArgs:
-    """``galore(optax.adamw(...))``: Adam on the projected gradients, decay on the whole weights.
+    r"""``galore(optax.adamw(...))``: Adam on the projected gradients, decay on the whole weights.
 
-    Against ``galore_torch.GaLoreAdamW``: ``eps`` is 1e-8 and added after the bias correction as in
-    Optax (there 1e-6, and before); the weight is decayed as it was before the update (there after).
+    ``galore_torch.GaLoreAdamW`` has other defaults, and another order:
+
+    ============================  ==========================  ==================================
+    \                              here, as in Optax           galore_torch
+    ============================  ==========================  ==================================
+    ``eps``                       1e-8                        1e-6
+    ``eps`` is added              after the bias correction   before it
+    the weight that is decayed    as before the update        as after it
+    ============================  ==========================  ==================================
 
     Args:
       learning_rate: a float or an Optax schedule.
-      rank, update_proj_gap, scale, proj_type, target_modules, basis: see :func:`galore`.
+      rank, update_proj_gap, scale, proj_type, target_modules, weight_dimension_numbers, basis,
+        power_iterations, transport, projector_dtype, seed: see :func:`galore`.
       b1, b2, eps, weight_decay, mask: see ``optax.adamw``.
+      galore_torch_order: whether ``eps`` and the decay go where ``galore_torch`` has them.
 
     Returns:
-      A gradient transformation with a :class:`galore_jax.GaLoreState`.
+      A gradient transformation with a :class:`galore_jax.GaLoreState`; in ``galore_torch_order``
+      with a ``weight_decay`` the first link of a chain.
 
     Raises:
       TypeError, ValueError: see :func:`galore`.
@@ -47,13 +66,121 @@ def galore_adamw(
     >>> state.projector["kernel"].shape
     (64, 8)
     """
-    adamw = optax.adamw(learning_rate, b1=b1, b2=b2, eps=eps, weight_decay=weight_decay, mask=mask)
-    return galore(
-        adamw,
+    if galore_torch_order:
+        inner = optax.chain(
+            scale_by_reference_adam(b1, b2, eps), optax.scale_by_learning_rate(learning_rate)
+        )
+    else:
+        inner = optax.adamw(
+            learning_rate, b1=b1, b2=b2, eps=eps, weight_decay=weight_decay, mask=mask
+        )
+    tx = galore(
+        inner,
         rank=rank,
         update_proj_gap=update_proj_gap,
         scale=scale,
         proj_type=proj_type,
         target_modules=target_modules,
+        weight_dimension_numbers=weight_dimension_numbers,
         basis=basis,
+        power_iterations=power_iterations,
+        transport=transport,
+        projector_dtype=projector_dtype,
+        seed=seed,
     )
+    if galore_torch_order and (isinstance(weight_decay, jax.Array) or weight_decay):
+        return optax.chain(tx, decay_weights(learning_rate, weight_decay, mask, after_update=True))
+    return tx
+
+
+def galore_adafactor(
+    learning_rate: optax.ScalarOrSchedule,
+    rank: Rank = 128,
+    *,
+    update_proj_gap: int = 200,
+    scale: float = 0.25,
+    proj_type: ProjType = "std",
+    target_modules: str | Sequence[str] | None = None,
+    weight_dimension_numbers: Any = None,
+    basis: Basis = "svd",
+    power_iterations: int = 1,
+    transport: bool = False,
+    projector_dtype: jax.typing.DTypeLike | None = None,
+    seed: int = 0,
+    b1: float | None = None,
+    decay_rate: float = 0.8,
+    eps: float = 1e-30,
+    clipping_threshold: float | None = 1.0,
+    min_dim_size_to_factor: int = 1,
+    weight_decay: float = 0.0,
+    mask: Any | Callable[[optax.Params], Any] | None = None,
+    galore_torch_order: bool = False,
+) -> optax.GradientTransformationExtraArgs:
+    """Adafactor on the projected gradients, with an absolute learning rate.
+
+    As the reference trains with its ``GaLoreAdafactor``: ``scale_parameter=False``,
+    ``relative_step=False``, ``warmup_init=False``. Against ``optax.adafactor``: every matrix is
+    factored, whatever its size (there from 128 on); the learning rate is not multiplied by the
+    weights' scale; ``weight_decay`` is times the learning rate.
+
+    Args:
+      learning_rate: a float or an Optax schedule.
+      rank, update_proj_gap, scale, proj_type, target_modules, weight_dimension_numbers, basis,
+        power_iterations, transport, projector_dtype, seed: see :func:`galore`.
+      b1: of a momentum on the updates (the reference's ``beta1``); None has none.
+      decay_rate: the second moment's at update t is ``1 - t**-decay_rate`` (the reference
+        writes -0.8).
+      eps: added to the squared gradient (the reference's ``eps[0]``).
+      clipping_threshold: of each leaf's root mean square (the reference's ``clip_threshold``).
+      min_dim_size_to_factor: a leaf whose second largest axis is smaller keeps a full second
+        moment.
+      weight_decay, mask: decoupled, see ``optax.adamw``.
+      galore_torch_order: whether the weight is decayed as it is after the update, as in
+        ``galore_torch``, and not as before it.
+
+    Returns:
+      A gradient transformation with a :class:`galore_jax.GaLoreState`; in ``galore_torch_order``
+      with a ``weight_decay`` the first link of a chain.
+
+    Raises:
+      TypeError, ValueError: see :func:`galore`.
+
+    References:
+      Shazeer and Stern, Adafactor, 2018, https://arxiv.org/abs/1804.04235
+
+    >>> import jax.numpy as jnp
+    >>> from galore_jax import galore_adafactor
+    >>> state = galore_adafactor(1e-2, rank=8).init({"kernel": jnp.ones((64, 256))})
+    >>> state.inner_state[0].v_row["kernel"].shape, state.inner_state[0].v_col["kernel"].shape
+    ((8,), (256,))
+    """
+    links = [
+        optax.scale_by_factored_rms(
+            decay_rate=decay_rate, min_dim_size_to_factor=min_dim_size_to_factor, epsilon=eps
+        )
+    ]
+    if clipping_threshold is not None:
+        links.append(optax.clip_by_block_rms(clipping_threshold))
+    links.append(optax.scale_by_learning_rate(learning_rate))
+    if b1 is not None:
+        links.append(optax.ema(b1, debias=False))
+    decays = isinstance(weight_decay, jax.Array) or weight_decay
+    if decays and not galore_torch_order:
+        links.append(decay_weights(learning_rate, weight_decay, mask))
+    tx = galore(
+        optax.chain(*links),
+        rank=rank,
+        update_proj_gap=update_proj_gap,
+        scale=scale,
+        proj_type=proj_type,
+        target_modules=target_modules,
+        weight_dimension_numbers=weight_dimension_numbers,
+        basis=basis,
+        power_iterations=power_iterations,
+        transport=transport,
+        projector_dtype=projector_dtype,
+        seed=seed,
+    )
+    if decays and galore_torch_order:
+        return optax.chain(tx, decay_weights(learning_rate, weight_decay, mask, after_update=True))
+    return tx

@@ -7,7 +7,8 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import optax
-from jax.extend.core import Var
+
+from galore_jax.dependence import depends_on
 
 # As Optax names the first moments of its optimizers: linear in the gradients or the updates.
 FIRST_MOMENTS = frozenset({"mu", "trace", "ema"})
@@ -63,16 +64,12 @@ def find_weights(
     derived: set[int] = set()
     for index in selected:
         source = jaxpr.invars[index]
-        reached, copied = {source}, {source}
+        copied = {source}
         for equation in jaxpr.eqns:
-            inputs = [v for v in equation.invars if isinstance(v, Var)]
-            if reached.intersection(inputs):
-                reached.update(equation.outvars)
-                if equation.primitive.name in _COPIES and copied.intersection(inputs):
-                    copied.update(equation.outvars)
-        for position, v in enumerate(jaxpr.outvars):
-            if not isinstance(v, Var) or v not in reached:
-                continue
+            if equation.primitive.name in _COPIES and equation.invars[0] in copied:
+                copied.update(equation.outvars)
+        for position in depends_on(jaxpr, [index]):
+            v = jaxpr.outvars[position]
             if v in copied:
                 copies[position] = index
             elif shape_of(v) == shape_of(source) != ():

@@ -16,6 +16,7 @@ from galore_jax.decay import update_and_decay
 from galore_jax.inner_state import find_first_moments, find_weights
 from galore_jax.matrices import Matrix
 from galore_jax.projection import Projector
+from galore_jax.stacks import per_matrix
 
 # Of the leaves that are projected, by their index in the flat tree.
 Leaves = Mapping[int, jax.Array]
@@ -70,8 +71,9 @@ class LowRank:
             projectors[i] = projection.empty_projector(*shape, dtype)
             stand_ins[i] = jnp.zeros(projection.projected_shape(*shape), leaves[i].dtype)
         low_params = treedef.unflatten(stand_ins)
-        find_weights(self.optimizer.init, low_params, matrices)
-        inner_state = self.optimizer.init(low_params)
+        optimizer = self._of_each_matrix(matrices)
+        find_weights(optimizer.init, low_params, matrices)
+        inner_state = optimizer.init(low_params)
         moments = find_first_moments(inner_state, low_params, matrices)
         if self.transport and matrices and not moments:
             warnings.warn(
@@ -99,7 +101,8 @@ class LowRank:
         stored = treedef.flatten_up_to(state.projector)
         projectors = _checked(stored, matrices)
         shapes = _replaced(leaves, _low(gradients, projectors, matrices))
-        held = find_weights(self.optimizer.init, treedef.unflatten(shapes), matrices)
+        optimizer = self._of_each_matrix(matrices)
+        held = find_weights(optimizer.init, treedef.unflatten(shapes), matrices)
         if held and of_params is None:
             raise ValueError("the optimizer keeps copies of the weights: update needs the params")
         # An optimizer that keeps copies of the weights trains V in W = W_outside + scale * P V.
@@ -124,7 +127,7 @@ class LowRank:
         low_weights: Leaves = {}
         decay: list[jax.Array | None] = [None] * len(matrices)
         if of_params is None:
-            inner_updates, inner_state = self.optimizer.update(
+            inner_updates, inner_state = optimizer.update(
                 low_updates, inner_state, None, **extra_args
             )
         else:
@@ -134,10 +137,10 @@ class LowRank:
             }
             low_params = treedef.unflatten(_replaced(of_params, low_weights))
             if held.derived:
-                first = self.optimizer.init(low_params)
+                first = optimizer.init(low_params)
                 inner_state = _replaced_if(state.count == 0, held.derived, first, inner_state)
             inner_updates, decay, inner_state = update_and_decay(
-                self.optimizer,
+                optimizer,
                 low_updates,
                 inner_state,
                 low_params,
@@ -164,6 +167,11 @@ class LowRank:
     def _matrices(self, tree: Any) -> dict[int, Matrix]:
         found = enumerate(self.find_matrices(tree))
         return {i: matrix for i, matrix in found if matrix is not None}
+
+    def _of_each_matrix(
+        self, matrices: Mapping[int, Matrix]
+    ) -> optax.GradientTransformationExtraArgs:
+        return per_matrix(self.optimizer, {i: m.stack_shape for i, m in matrices.items()})
 
     def _refreshed_if(
         self,

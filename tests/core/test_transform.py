@@ -1,8 +1,5 @@
 """The transformation against the authors' numbers, closed forms and loops."""
 
-import json
-import math
-import pathlib
 import re
 import subprocess
 import sys
@@ -17,9 +14,6 @@ import pytest
 import galore_jax
 from galore_jax import bases, galore, galore_adamw
 
-GOLDEN = np.load(pathlib.Path(__file__).parents[1] / "golden" / "galore_torch.npz")
-CASES = json.loads(str(GOLDEN["cases"]))
-ADAMW_STD = [n for n, c in CASES.items() if c["opt"] == "adamw" and c["proj_type"] == "std"]
 SHAPES = {"wide": (6, 10), "tall": (10, 6), "square": (8, 8), "stack": (3, 6, 10)}
 
 
@@ -29,54 +23,6 @@ def random_tree(seed, shapes=SHAPES, dtype=jnp.float32):
         name: jax.random.normal(key, shape, dtype)
         for key, (name, shape) in zip(keys, shapes.items(), strict=True)
     }
-
-
-def reference_adam(learning_rate, b1, b2, eps):
-    """galore_torch's Adam: eps is added before the bias correction, Optax adds it after."""
-
-    def init(params):
-        return optax.ScaleByAdamState(
-            jnp.zeros([], jnp.int32),
-            jax.tree.map(jnp.zeros_like, params),
-            jax.tree.map(jnp.zeros_like, params),
-        )
-
-    def update(updates, state, params=None):
-        t = state.count + 1
-        mu = jax.tree.map(lambda m, g: b1 * m + (1 - b1) * g, state.mu, updates)
-        nu = jax.tree.map(lambda v, g: b2 * v + (1 - b2) * g * g, state.nu, updates)
-        # 1 - b**t without cancellation: in float32 1 - 0.999 is already off by 5e-5.
-        step = learning_rate * jnp.sqrt(-jnp.expm1(t * math.log(b2)))
-        step /= -jnp.expm1(t * math.log(b1))
-        out = jax.tree.map(lambda m, v: -step * m / (jnp.sqrt(v) + eps), mu, nu)
-        return out, optax.ScaleByAdamState(t, mu, nu)
-
-    return optax.GradientTransformation(init, update)
-
-
-@pytest.mark.parametrize("name", ADAMW_STD)
-def test_follows_galore_torch(name):
-    case, get = CASES[name], lambda key: GOLDEN[f"{name}/{key}"]
-    lr, wd = case["lr"], case["wd"]
-    tx = galore(
-        reference_adam(lr, *case["betas"], case["eps"]),
-        rank=case["rank"],
-        update_proj_gap=case["gap"],
-        scale=case["scale"],
-        proj_type=case["proj_type"],
-        target_modules="kernel",
-    )
-    params = {"kernel": jnp.asarray(get("W0").T), "bias": jnp.asarray(get("b0"))}
-    state, update = tx.init(params), jax.jit(tx.update)
-    # Parity to expect by the golden data's README: 5e-5 of the largest update.
-    largest = np.abs(np.diff(np.concatenate([get("W0")[None], get("W")]), axis=0)).max()
-    for step in range(case["steps"]):
-        grads = {"kernel": jnp.asarray(get("G")[step].T), "bias": jnp.asarray(get("gb")[step])}
-        updates, state = update(grads, state, params)
-        # The reference decays the weight after the update: W <- (W + u)(1 - lr wd).
-        params = jax.tree.map(lambda w, u: (w + u) * (1 - lr * wd), params, updates)
-        np.testing.assert_allclose(params["kernel"].T, get("W")[step], rtol=0, atol=5e-5 * largest)
-        np.testing.assert_allclose(params["bias"], get("b")[step], rtol=0, atol=5e-5 * 0.01)
 
 
 def test_full_rank_with_sgd_is_sgd():
@@ -138,7 +84,9 @@ def test_stack_equals_loop():
     np.testing.assert_allclose(params["w"], jnp.stack([p["w"] for p in loop]), atol=1e-6)
 
 
-@pytest.mark.parametrize("alias", [optax.adamw, optax.nadamw, optax.lion, optax.adamaxw])
+@pytest.mark.parametrize(
+    "alias", [optax.adamw, optax.nadamw, optax.lion, optax.adamaxw, optax.adan]
+)
 @pytest.mark.parametrize("masked", [False, True])
 def test_decay_acts_on_the_whole_weight_without_scale(alias, masked):
     wd, lr = 0.1, optax.linear_schedule(0.1, 0.02, 4)

@@ -1,0 +1,223 @@
+"""An optimizer that takes each matrix of a stack for a leaf of its own."""
+
+import dataclasses
+import itertools
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import optax
+
+from galore_jax.dependence import depends_on
+
+# Fields of Optax's states whose dicts have keys of their own, not those of the params.
+_OTHER_KEYS = frozenset({"inner_states", "hyperparams", "hyperparams_states"})
+
+Stack = tuple[int, ...]  # the sizes of the leading axes that index matrices
+Owners = Sequence[int | None]  # for each array the index of the leaf it belongs to
+
+
+def per_matrix(
+    optimizer: optax.GradientTransformationExtraArgs, stacks: Mapping[int, Stack]
+) -> optax.GradientTransformationExtraArgs:
+    """Runs an optimizer under ``jax.vmap`` over stacked leaves.
+
+    Norms, trust ratios, factored moments and clipping by leaf (lamb, lars, novograd, adafactor) are
+    then those of each matrix, as in a loop over the stack. Where leaves depend on each other (a
+    global norm, prodigy) or the optimizer draws random numbers, it runs on the stacks as they are.
+
+    Args:
+      optimizer: the optimizer.
+      stacks: for the indices of stacked leaves (of the flat params), their leading sizes.
+
+    Returns:
+      A transformation with a state of the optimizer's structure, whose arrays for a stacked leaf
+      are stacked too.
+
+    Raises:
+      ValueError: by ``update``, an optimizer that lets leaves depend on each other and whose state
+        on stacks has another layout (a global norm in a chain with adafactor).
+
+    >>> import jax.numpy as jnp, optax
+    >>> novograd = optax.with_extra_args_support(optax.novograd(0.1))
+    >>> state = per_matrix(novograd, {0: (3,)}).init({"w": jnp.ones((3, 4, 5))})
+    >>> state[0].mu["w"].shape, state[0].nu["w"].shape
+    ((3, 4, 5), (3,))
+    """
+    stacks = {i: stack for i, stack in stacks.items() if stack}
+    if not stacks:
+        return optimizer
+
+    def init(params: optax.Params) -> optax.OptState:
+        leaves, treedef = jax.tree.flatten(params)
+        layout = _find_layout(optimizer, leaves, treedef, stacks)
+        if not layout.apart:
+            return optimizer.init(params)
+
+        def init_one(flat: list[jax.Array]) -> list[jax.Array]:
+            return jax.tree.leaves(optimizer.init(treedef.unflatten(flat)))
+
+        owners = list(range(len(leaves)))
+        return layout.treedef.unflatten(
+            _over_stacks(init_one, owners, layout.owners, stacks)(leaves)
+        )
+
+    def update(
+        updates: optax.Updates,
+        state: optax.OptState,
+        params: optax.Params | None = None,
+        **extra_args: Any,
+    ) -> tuple[optax.Updates, optax.OptState]:
+        gradients, treedef = jax.tree.flatten(updates)
+        weights = [] if params is None else treedef.flatten_up_to(params)
+        layout = _find_layout(optimizer, gradients, treedef, stacks)
+        arrays = jax.tree.leaves(state)
+        of_leaves: Owners = list(range(len(gradients)))
+        owners_in = [*of_leaves, *of_leaves[: len(weights)], *layout.owners]
+        owners_out = [*of_leaves, *layout.owners]
+        bounds = len(gradients), len(gradients) + len(weights)
+
+        def update_one(flat: list[jax.Array]) -> list[jax.Array]:
+            gradients, weights, arrays = _split(flat, *bounds)
+            new_updates, new_state = optimizer.update(
+                treedef.unflatten(gradients),
+                layout.treedef.unflatten(arrays),
+                treedef.unflatten(weights) if weights else None,
+                **extra_args,
+            )
+            return [*treedef.flatten_up_to(new_updates), *jax.tree.leaves(new_state)]
+
+        flat = [*gradients, *weights, *arrays]
+        apart = layout.apart and _keeps_apart(update_one, flat, owners_in, owners_out, stacks)
+        if not apart:
+            if layout.apart and not layout.as_plain:
+                raise ValueError(
+                    "the optimizer lets leaves depend on each other (a global norm?) and keeps "
+                    "more than moments of a leaf's shape: on stacked leaves these do not go "
+                    "together; put the former before galore(...)"
+                )
+            return optimizer.update(updates, state, params, **extra_args)
+        out = _over_stacks(update_one, owners_in, owners_out, stacks)(flat)
+        return (
+            treedef.unflatten(out[: len(gradients)]),
+            layout.treedef.unflatten(out[len(gradients) :]),
+        )
+
+    return optax.GradientTransformationExtraArgs(init, update)
+
+
+@dataclasses.dataclass(frozen=True)
+class _Layout:
+    """The state of an optimizer on single matrices.
+
+    Attributes:
+      treedef: its structure.
+      owners: for each of its arrays the index of the leaf it belongs to, or None.
+      apart: whether ``init`` makes each array from its own leaf alone.
+      as_plain: whether, stacked, it has the shapes of the state that is made on the stacks.
+    """
+
+    treedef: Any
+    owners: Owners
+    apart: bool
+    as_plain: bool
+
+
+def _find_layout(
+    optimizer: optax.GradientTransformation,
+    leaves: Sequence[jax.Array],
+    treedef: Any,
+    stacks: Mapping[int, Stack],
+) -> _Layout:
+    of_leaves: Owners = list(range(len(leaves)))
+    single = _single(leaves, of_leaves, stacks)
+    state = jax.eval_shape(optimizer.init, treedef.unflatten(single))
+    owners = _find_owners(state, treedef.unflatten(single))
+
+    def init(flat: list[jax.Array]) -> list[jax.Array]:
+        return jax.tree.leaves(optimizer.init(treedef.unflatten(flat)))
+
+    plain = jax.eval_shape(init, list(leaves))
+    stacked = [
+        (*stacks.get(-1 if owner is None else owner, ()), *x.shape)
+        for x, owner in zip(jax.tree.leaves(state), owners, strict=True)
+    ]
+    return _Layout(
+        jax.tree.structure(state),
+        owners,
+        _keeps_apart(init, leaves, of_leaves, owners, stacks),
+        stacked == [x.shape for x in plain],
+    )
+
+
+def _find_owners(state: optax.OptState, params: optax.Params) -> Owners:
+    """The leaf that each array of a state belongs to: the one whose path its own path contains."""
+    paths = [path for path, _ in jax.tree_util.tree_leaves_with_path(params)]
+    owners = []
+    for path, _ in jax.tree_util.tree_leaves_with_path(state):
+        owner = None
+        for start in range(1, len(path)):
+            field = getattr(path[start - 1], "name", None)
+            if field is None or field in _OTHER_KEYS:
+                continue
+            for index, of_leaf in enumerate(paths):
+                if of_leaf and path[start : start + len(of_leaf)] == of_leaf:
+                    owner = index
+        owners.append(owner)
+    return owners
+
+
+def _over_stacks(
+    fn: Callable[[list[jax.Array]], list[jax.Array]],
+    owners_in: Owners,
+    owners_out: Owners,
+    stacks: Mapping[int, Stack],
+) -> Callable[[list[jax.Array]], list[jax.Array]]:
+    """``fn`` of single matrices, mapped over the leading axes of what belongs to stacked leaves."""
+    for stack in dict.fromkeys(stacks.values()):
+        axes_of = lambda owners, stack=stack: [  # noqa: E731
+            0 if stacks.get(-1 if owner is None else owner) == stack else None for owner in owners
+        ]
+        for size in reversed(stack):
+            fn = jax.vmap(
+                fn,
+                in_axes=(axes_of(owners_in),),
+                out_axes=axes_of(owners_out),
+                axis_size=size,
+            )
+    return fn
+
+
+def _single(
+    arrays: Sequence[jax.Array], owners: Owners, stacks: Mapping[int, Stack]
+) -> list[jax.ShapeDtypeStruct]:
+    """The shapes of the arrays without the axes of their stacks."""
+    depth = [0 if owner is None else len(stacks.get(owner, ())) for owner in owners]
+    return [
+        jax.ShapeDtypeStruct(jnp.shape(x)[d:], jnp.result_type(x))
+        for x, d in zip(arrays, depth, strict=True)
+    ]
+
+
+def _keeps_apart(
+    fn: Callable[[list[jax.Array]], list[jax.Array]],
+    arrays: Sequence[jax.Array],
+    owners_in: Owners,
+    owners_out: Owners,
+    stacks: Mapping[int, Stack],
+) -> bool:
+    """Whether a stacked leaf reaches its own results alone, and no random number is drawn."""
+    jaxpr = jax.make_jaxpr(fn)(_single(arrays, owners_in, stacks)).jaxpr
+    if "random_" in str(jaxpr) or "threefry" in str(jaxpr):
+        return False
+    for leaf in stacks:
+        mine = [i for i, owner in enumerate(owners_in) if owner == leaf]
+        if any(owners_out[i] != leaf for i in depends_on(jaxpr, mine)):
+            return False
+    return True
+
+
+def _split(flat: Sequence[jax.Array], *at: int) -> list[Sequence[jax.Array]]:
+    bounds = [0, *at, len(flat)]
+    return [flat[a:b] for a, b in itertools.pairwise(bounds)]
