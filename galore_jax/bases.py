@@ -31,7 +31,7 @@ def find_basis(
     *,
     old: Projector,
     key: jax.Array,
-    power_iterations: int = 1,
+    power_iterations: jax.typing.ArrayLike = 1,
 ) -> Projector:
     """The basis of that name; what it costs and captures is in docs/refresh.md.
 
@@ -104,7 +104,11 @@ def eigh_basis(gradient: jax.Array, rank: int, side: Side) -> Projector:
 
 
 def subspace_iteration(
-    gradient: jax.Array, old: Projector, key: jax.Array, side: Side, rounds: int = 1
+    gradient: jax.Array,
+    old: Projector,
+    key: jax.Array,
+    side: Side,
+    rounds: jax.typing.ArrayLike = 1,
 ) -> Projector:
     """Rounds of ``P <- orth(G (G^T P))`` from the basis so far (Halko et al. 2011, Algorithm 4.4).
 
@@ -126,15 +130,18 @@ def subspace_iteration(
     transposed = jnp.swapaxes(matrix, -2, -1)
     k, r = start.shape[-2:]
     found = start.astype(matrix.dtype) + _NOISE / math.sqrt(k) * _normal(key, k, r, matrix.dtype)
-    for _ in range(rounds):
-        found = orthonormalized(_matmul(matrix, _matmul(transposed, found)))
+    found = _power_iterations(matrix, found, rounds)
     if side == "both":
         return TwoSided(found, orthonormalized(_matmul(transposed, found)))
     return found
 
 
 def randomized_basis(
-    gradient: jax.Array, rank: int, key: jax.Array, side: Side, power_iterations: int = 1
+    gradient: jax.Array,
+    rank: int,
+    key: jax.Array,
+    side: Side,
+    power_iterations: jax.typing.ArrayLike = 1,
 ) -> Projector:
     """The top singular vectors of a randomized SVD (Halko et al. 2011, arXiv:0909.4061).
 
@@ -149,9 +156,7 @@ def randomized_basis(
     transposed = jnp.swapaxes(matrix, -2, -1)
     width = effective_rank(gradient.shape, r + _OVERSAMPLING)
     found = _matmul(matrix, _normal(key, matrix.shape[-1], width, matrix.dtype))
-    found = orthonormalized(found)
-    for _ in range(power_iterations):
-        found = orthonormalized(_matmul(matrix, _matmul(transposed, found)))
+    found = _power_iterations(matrix, orthonormalized(found), power_iterations)
     inside = _top_eigenvectors(_matmul(jnp.swapaxes(found, -2, -1), matrix), r)
     found = fix_signs(_matmul(found, inside))
     if side == "both":
@@ -210,6 +215,21 @@ def _qr(columns: jax.Array) -> jax.Array:
     q, r = jnp.linalg.qr(columns)
     diagonal = jnp.diagonal(r, axis1=-2, axis2=-1)
     return q * jnp.where(diagonal < 0, -1, 1)[..., None, :]
+
+
+def _power_iterations(
+    matrix: jax.Array, columns: jax.Array, rounds: jax.typing.ArrayLike
+) -> jax.Array:
+    transposed = jnp.swapaxes(matrix, -2, -1)
+
+    def once(columns: jax.Array) -> jax.Array:
+        return orthonormalized(_matmul(matrix, _matmul(transposed, columns)))
+
+    if isinstance(rounds, int):
+        for _ in range(rounds):
+            columns = once(columns)
+        return columns
+    return jax.lax.fori_loop(0, rounds, lambda _, columns: once(columns), columns)
 
 
 def _top_eigenvectors(wide: jax.Array, count: int) -> jax.Array:

@@ -10,9 +10,9 @@ import optax
 
 
 def scale_by_reference_adam(
-    b1: jax.typing.ArrayLike = 0.9,
-    b2: jax.typing.ArrayLike = 0.999,
-    eps: jax.typing.ArrayLike = 1e-6,
+    b1: float | jax.Array = 0.9,
+    b2: float | jax.Array = 0.999,
+    eps: float | jax.Array = 1e-6,
 ) -> optax.GradientTransformation:
     r"""Adam with ``eps`` added before the bias correction (``galore_torch/adamw.py``).
 
@@ -49,10 +49,10 @@ def scale_by_reference_adam(
     return optax.GradientTransformation(init, update)
 
 
-def _log(b: jax.typing.ArrayLike) -> jax.typing.ArrayLike:
+def _log(b: float | jax.Array) -> float | jax.Array:
     if isinstance(b, jax.Array):
         return jnp.log(b)
-    return math.log(float(b)) if b else -math.inf
+    return math.log(b) if b else -math.inf
 
 
 def decay_weights(

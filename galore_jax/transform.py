@@ -103,8 +103,8 @@ def galore(
     _check_arguments(
         optimizer, update_proj_gap, scale, proj_type, basis, power_iterations, transport, seed
     )
-    if projector_dtype is not None and not jnp.issubdtype(projector_dtype, jnp.floating):
-        raise ValueError(f"projector_dtype must be a float dtype or None, got {projector_dtype!r}")
+    if projector_dtype is not None:
+        _check_dtype(projector_dtype)
     if target_modules is not None:
         compiled_patterns(target_modules)
 
@@ -152,12 +152,9 @@ def _check_arguments(
             f"optimizer must be an optax.GradientTransformation, got {type(optimizer).__name__}; "
             "for a rank write galore(rank=...)"
         )
-    # An array is what optax.inject_hyperparams passes for a number.
-    if not isinstance(update_proj_gap, jax.Array):
-        _check_int("update_proj_gap", update_proj_gap, 1)
-    if not isinstance(seed, jax.Array):
-        _check_int("seed", seed, 0)
+    _check_int("update_proj_gap", update_proj_gap, 1)
     _check_int("power_iterations", power_iterations, 1)
+    _check_int("seed", seed, 0)
     if not isinstance(scale, jax.Array):
         if not isinstance(scale, numbers.Real) or isinstance(scale, bool):
             raise TypeError(f"scale must be a number greater than 0, got {scale!r}")
@@ -172,11 +169,20 @@ def _check_arguments(
             raise ValueError(f"{name} must be one of {', '.join(choices)}, got {value!r}{hint}")
 
 
+def _check_dtype(projector_dtype: Any) -> None:
+    allowed = f"projector_dtype must be a float dtype or None, got {projector_dtype!r}"
+    try:
+        is_float = jnp.issubdtype(jnp.dtype(projector_dtype), jnp.floating)
+    except TypeError as error:
+        raise TypeError(allowed) from error
+    if not is_float:
+        raise ValueError(allowed)
+
+
 def _check_int(name: str, value: Any, least: int) -> None:
+    if isinstance(value, jax.Array):  # as optax.inject_hyperparams passes it
+        return
     if not isinstance(value, numbers.Integral) or isinstance(value, bool):
-        hint = ""
-        if isinstance(value, jax.Array):
-            hint = "; for optax.inject_hyperparams name it in static_args"
-        raise TypeError(f"{name} must be an int of at least {least}, got {value!r}{hint}")
+        raise TypeError(f"{name} must be an int of at least {least}, got {value!r}")
     if value < least:
         raise ValueError(f"{name} must be an int of at least {least}, got {value}")

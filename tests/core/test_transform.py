@@ -214,6 +214,13 @@ def test_signs_do_not_depend_on_the_solver():
         ({"rank": 2.0}, TypeError, r"rank must be an int of at least 1, got 2\.0"),
         ({"rank": True}, TypeError, "rank must be an int"),
         ({"update_proj_gap": 0}, ValueError, "update_proj_gap must be an int of at least 1, got 0"),
+        ({"scale": 0.0}, ValueError, r"scale must be a number greater than 0, got 0\.0"),
+        ({"seed": -1}, ValueError, "seed must be an int of at least 0, got -1"),
+        ({"power_iterations": 0}, ValueError, "power_iterations must be an int of at least 1"),
+        ({"transport": "yes"}, TypeError, "transport must be a bool, got 'yes'"),
+        ({"projector_dtype": "int8"}, ValueError, "projector_dtype must be a float dtype.*'int8'"),
+        ({"projector_dtype": "float33"}, TypeError, "projector_dtype must be .*'float33'"),
+        ({"basis": "svdd"}, ValueError, "basis must be one of .* did you mean 'svd'"),
         ({"scale": "1"}, TypeError, "scale must be a number greater than 0, got '1'"),
         ({"proj_type": "diagonal"}, ValueError, "proj_type .*'diagonal'"),
         ({"basis": "qr"}, ValueError, "basis .*'qr'"),
@@ -261,7 +268,7 @@ def test_a_state_that_is_a_function_of_the_weights_is_refused():
 
 
 def test_inject_hyperparams_of_the_scale():
-    make = optax.inject_hyperparams(galore_adamw, static_args=("rank", "update_proj_gap"))
+    make = optax.inject_hyperparams(galore_adamw, static_args="rank")
     params, grads = random_tree(0), random_tree(1)
     tx = make(learning_rate=0.1, rank=2, scale=0.5)
     updates, state = tx.update(grads, tx.init(params), params)
