@@ -8,7 +8,8 @@ two for both; r is ``min(rank, m, n)``.
 
 import functools
 import math
-from typing import Literal, get_args
+from collections.abc import Callable
+from typing import Any, Literal, get_args
 
 import jax
 import jax.numpy as jnp
@@ -72,7 +73,7 @@ def svd_basis(gradient: jax.Array, rank: int, side: Side) -> Projector:
     [[0, 0], [1, 0], [0, 1]]
     """
     r = effective_rank(gradient.shape, rank)
-    u, _, vh = jnp.linalg.svd(_in_float32(gradient), full_matrices=False)
+    u, _, vh = _each_matrix(_svd, _in_float32(gradient))
     left, right = u[..., :, :r], jnp.swapaxes(vh, -2, -1)[..., :, :r]
     if side == "both":
         return TwoSided(fix_signs(left), fix_signs(right))
@@ -202,13 +203,25 @@ def orthonormalized(columns: jax.Array) -> jax.Array:
     >>> orthonormalized(jnp.array([[-2.0, 1.0], [0.0, 3.0]])).tolist()
     [[-1.0, 0.0], [0.0, 1.0]]
     """
-    if columns.ndim == 2:
-        return _qr(columns)
-    # On CPU one matrix at a time: with jaxlib 0.10.2 stacked QRs that run at once wait for each
-    # other's threads and never end.
-    stack = columns.reshape(-1, *columns.shape[-2:])
-    one_by_one = functools.partial(jax.lax.map, _qr)
-    return jax.lax.platform_dependent(stack, cpu=one_by_one, default=_qr).reshape(columns.shape)
+    return _each_matrix(_qr, columns)
+
+
+def _each_matrix(decompose: Callable[[jax.Array], Any], matrices: jax.Array) -> Any:
+    """Decomposes a stack, on CPU one matrix after the other.
+
+    With jaxlib 0.10.2 stacked decompositions share a pool of threads with whatever runs beside them
+    on the CPU (another one, a virtual device's collective), wait for it and never end.
+    """
+    if matrices.ndim == 2:
+        return decompose(matrices)
+    stack = matrices.reshape(-1, *matrices.shape[-2:])
+    one_by_one = functools.partial(jax.lax.map, decompose)
+    out = jax.lax.platform_dependent(stack, cpu=one_by_one, default=decompose)
+    return jax.tree.map(lambda x: x.reshape(*matrices.shape[:-2], *x.shape[1:]), out)
+
+
+def _svd(matrix: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
+    return tuple(jnp.linalg.svd(matrix, full_matrices=False))
 
 
 def _qr(columns: jax.Array) -> jax.Array:
@@ -234,7 +247,8 @@ def _power_iterations(
 
 def _top_eigenvectors(wide: jax.Array, count: int) -> jax.Array:
     """Of ``W W^T``, by falling eigenvalue."""
-    _, vectors = jnp.linalg.eigh(_matmul(wide, jnp.swapaxes(wide, -2, -1)))
+    gram = _matmul(wide, jnp.swapaxes(wide, -2, -1))
+    _, vectors = _each_matrix(lambda matrix: tuple(jnp.linalg.eigh(matrix)), gram)
     return jnp.flip(vectors[..., :, -count:], axis=-1)
 
 

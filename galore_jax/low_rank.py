@@ -16,6 +16,7 @@ from galore_jax.decay import update_and_decay
 from galore_jax.inner_state import find_first_moments, find_weights
 from galore_jax.matrices import Matrix
 from galore_jax.projection import Projector
+from galore_jax.sharding import in_auto_mode, zeros_beside
 from galore_jax.stacks import per_matrix
 
 # Of the leaves that are projected, by their index in the flat tree.
@@ -67,9 +68,8 @@ class LowRank:
         matrices = self._matrices(params)
         for i, matrix in matrices.items():
             dtype = self.projector_dtype or leaves[i].dtype
-            shape = matrix.matrix_shape, matrix.rank, matrix.side
-            projectors[i] = projection.empty_projector(*shape, dtype)
-            stand_ins[i] = jnp.zeros(projection.projected_shape(*shape), leaves[i].dtype)
+            projectors[i] = _empty_projector(leaves[i], matrix, dtype)
+            stand_ins[i] = zeros_beside(leaves[i], matrix.axes, matrix.low_shape, leaves[i].dtype)
         low_params = treedef.unflatten(stand_ins)
         optimizer = self._of_each_matrix(matrices)
         find_weights(optimizer.init, low_params, matrices)
@@ -93,6 +93,25 @@ class LowRank:
         **extra_args: Any,
     ) -> tuple[optax.Updates, GaLoreState]:
         """The updates in the full shapes, and the new state."""
+        more, treedef = jax.tree.flatten((refresh, extra_args))
+        arrays = {i: x for i, x in enumerate(more) if isinstance(x, jax.Array)}
+
+        def on_operands(operands: Any) -> tuple[optax.Updates, GaLoreState]:
+            updates, state, params, arrays = operands
+            when, extra_args = treedef.unflatten(_replaced(more, arrays))
+            return self._update(updates, state, params, when, extra_args)
+
+        operands = updates, state, params, arrays
+        return in_auto_mode(on_operands, operands, like=(updates, state))
+
+    def _update(
+        self,
+        updates: optax.Updates,
+        state: Any,
+        params: optax.Params | None,
+        refresh: bool | jax.Array | None,
+        extra_args: dict[str, Any],
+    ) -> tuple[optax.Updates, GaLoreState]:
         leaves, treedef = jax.tree.flatten(updates)
         of_params = None if params is None else treedef.flatten_up_to(params)
         matrices = self._matrices(updates)
@@ -100,9 +119,17 @@ class LowRank:
         weights = {} if of_params is None else _as_matrices(of_params, matrices)
         stored = treedef.flatten_up_to(state.projector)
         projectors = _checked(stored, matrices)
-        shapes = _replaced(leaves, _low(gradients, projectors, matrices))
+        shapes = treedef.unflatten(
+            _replaced(
+                leaves,
+                {
+                    i: jax.ShapeDtypeStruct(m.low_shape, leaves[i].dtype)
+                    for i, m in matrices.items()
+                },
+            )
+        )
         optimizer = self._of_each_matrix(matrices)
-        held = find_weights(optimizer.init, treedef.unflatten(shapes), matrices)
+        held = find_weights(optimizer.init, shapes, matrices)
         if held and of_params is None:
             raise ValueError("the optimizer keeps copies of the weights: update needs the params")
         # An optimizer that keeps copies of the weights trains V in W = W_outside + scale * P V.
@@ -110,14 +137,13 @@ class LowRank:
 
         moments = {}
         if self.transport:
-            low_tree = treedef.unflatten(shapes)
-            moments = find_first_moments(state.inner_state, low_tree, matrices)
+            moments = find_first_moments(state.inner_state, shapes, matrices)
         projectors, inner_state = self._refreshed_if(
             state.count % self.update_proj_gap == 0 if refresh is None else refresh,
             projectors,
             state,
             gradients,
-            {i: (weight / unit).astype(weight.dtype) for i, weight in weights.items()},
+            {i: (w / unit).astype(w.dtype) for i, w in weights.items()} if held else {},
             matrices,
             held.copies,
             moments,
@@ -131,10 +157,9 @@ class LowRank:
                 low_updates, inner_state, None, **extra_args
             )
         else:
-            low_weights = {
-                i: (low / unit).astype(low.dtype)
-                for i, low in _low(weights, projectors, matrices).items()
-            }
+            low_weights = _low(weights, projectors, matrices)
+            if held:
+                low_weights = {i: (w / unit).astype(w.dtype) for i, w in low_weights.items()}
             low_params = treedef.unflatten(_replaced(of_params, low_weights))
             if held.derived:
                 first = optimizer.init(low_params)
@@ -223,6 +248,24 @@ class LowRank:
         return projectors, treedef.unflatten(_replaced(arrays, followers))
 
 
+def _empty_projector(leaf: Any, matrix: Matrix, dtype: jax.typing.DTypeLike) -> Projector:
+    *batch, row, column = matrix.axes
+
+    def zeros(shape: jax.ShapeDtypeStruct, *sides: int | None) -> jax.Array:
+        return zeros_beside(leaf, (*batch, *sides), shape.shape, dtype)
+
+    shape = _projector_shape(matrix)
+    if isinstance(shape, projection.TwoSided):
+        return projection.TwoSided(zeros(shape.left, row, column), zeros(shape.right, column, row))
+    return zeros(shape, *((row, column) if matrix.side == "left" else (column, row)))
+
+
+def _projector_shape(matrix: Matrix) -> Any:
+    return jax.eval_shape(
+        lambda: projection.empty_projector(matrix.matrix_shape, matrix.rank, matrix.side, "float32")
+    )
+
+
 def _where(condition: jax.Array, new: jax.Array, old: jax.Array) -> jax.Array:
     return jnp.where(condition, new.astype(old.dtype), old)
 
@@ -256,12 +299,7 @@ def _checked(stored: Sequence[Any], matrices: Mapping[int, Matrix]) -> Projector
     for i, projector in enumerate(stored):
         expected = optax.MaskedNode()
         if i in matrices:
-            m = matrices[i]
-            expected = jax.eval_shape(
-                functools.partial(
-                    projection.empty_projector, m.matrix_shape, m.rank, m.side, "float32"
-                )
-            )
+            expected = _projector_shape(matrices[i])
         if jax.tree.map(jnp.shape, projector) != jax.tree.map(jnp.shape, expected):
             raise ValueError(
                 "the state was made with another rank, proj_type or choice of leaves: its "

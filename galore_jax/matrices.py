@@ -9,7 +9,13 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from galore_jax.projection import ProjType, Side, effective_rank, projected_side
+from galore_jax.projection import (
+    ProjType,
+    Side,
+    effective_rank,
+    projected_shape,
+    projected_side,
+)
 from galore_jax.selection import is_projected, leaf_path
 
 Rank = int | Callable[[str, Any], int | None]
@@ -44,6 +50,17 @@ class Matrix:
     def matrix_shape(self) -> tuple[int, ...]:
         """(*stack_shape, m, n)."""
         return _matrix_shape(self.shape, self.batch, self.rows, self.columns)
+
+    @property
+    def axes(self) -> tuple[int | None, ...]:
+        """For each axis of the matrix that of the leaf; None where several are joined."""
+        joined = (axes[0] if len(axes) == 1 else None for axes in (self.rows, self.columns))
+        return (*self.batch, *joined)
+
+    @property
+    def low_shape(self) -> tuple[int, ...]:
+        """Shape of the coordinates."""
+        return projected_shape(self.matrix_shape, self.rank, self.side)
 
     def to_matrix(self, leaf: jax.Array) -> jax.Array:
         """The leaf as (*stack_shape, m, n)."""
@@ -90,6 +107,8 @@ def find_matrices(
     [None, 'left']
     """
     paths_and_leaves, treedef = jax.tree_util.tree_flatten_with_path(params)
+    if not paths_and_leaves:  # as optax.tree_utils.tree_map_params asks for a state's structure
+        return []
     numbers_of = weight_dimension_numbers
     if callable(numbers_of):
         numbers_of = numbers_of(params)

@@ -52,7 +52,7 @@ def per_matrix(
     def init(params: optax.Params) -> optax.OptState:
         leaves, treedef = jax.tree.flatten(params)
         layout = _find_layout(optimizer, leaves, treedef, stacks)
-        if not layout.apart:
+        if layout.as_plain or not layout.apart:
             return optimizer.init(params)
 
         def init_one(flat: list[jax.Array]) -> list[jax.Array]:
