@@ -15,6 +15,9 @@ import os
 import sys
 from pathlib import Path
 
+# XLA runs decompositions side by side; OpenBLAS's threads in each would only wait for a core.
+os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
+
 
 def main() -> int:
     """Parses the flags and trains; 0, or 2 after a one-line error, 130 if interrupted."""

@@ -1,19 +1,22 @@
-"""Times a change of basis and measures what each basis captures, at the shapes of the paper.
+"""Times a change of basis at the paper's shapes, and measures what each basis captures.
 
   OPENBLAS_NUM_THREADS=1 python benchmarks/refresh.py --out=docs/refresh.md
 
-Five minutes on two CPU cores. OpenBLAS, behind LAPACK in SciPy and so in jaxlib, has threads of its
-own that wait by spinning: where they do not get all the cores, each call takes up to a thousand
-times as long, which says nothing about bases. jaxlib runs independent matrices at once anyway.
+Five minutes on two CPU cores, and before it, once, the three of a run of ``train.py`` on the sample
+in a folder under ``--workdir``, whose gradients serve: those of a model that has hardly begun have
+nearly rank 1. OpenBLAS, SciPy's and so jaxlib's LAPACK, has threads of its own that wait by
+spinning: while other work wants the cores, each call takes up to a thousand times as long.
 """
 
 import argparse
 import functools
 import importlib.metadata
 import itertools
+import json
 import os
 import shlex
 import statistics
+import subprocess
 import sys
 import time
 from collections.abc import Callable, Sequence
@@ -25,22 +28,27 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import optax.contrib
+from ml_collections import ConfigDict
 
 from galore_jax import galore
 from galore_jax.bases import Basis, find_basis
 from galore_jax.data.batches import DataConfig, TextData
 from galore_jax.diagnostics import captured_energy, overlap, stable_rank
+from galore_jax.models import llama
 from galore_jax.models.presets import PRESETS
-from galore_jax.projection import Side, empty_projector, projected_side
-from galore_jax.selection import is_projected
-from galore_jax.training.steps import TrainState, init_state, make_train_step
+from galore_jax.projection import empty_projector, projected_side
+from galore_jax.training import settings
+from galore_jax.training.checkpoints import Checkpoints
+from galore_jax.training.optimizers import make_optimizer
+from galore_jax.training.steps import graph_definition, init_state, make_train_step
 
+ROOT = Path(__file__).parents[1]
 RANKS = {"llama_60m": 128, "llama_130m": 256, "llama_350m": 256, "llama_1b": 512}
-TARGETS = ("attn", "mlp")
 SEQUENCES, LENGTH = 16, 256
-TRAIN_STEPS = 6
+TOKENS = SEQUENCES * LENGTH
+KERNELS = ("q_proj", "gate_proj")
 NEVER = 1_000_000
-SLOW = 4.0  # seconds from which a method is timed once
+SLOW = 2.0  # seconds
 OPTAX = "optax.contrib.galore"
 
 
@@ -52,8 +60,8 @@ class Method(NamedTuple):
 
     @property
     def name(self) -> str:
-        """For the head of a column."""
-        return self.basis if self.rounds == 1 else f"{self.basis}, {self.rounds} rounds"
+        """For the tables."""
+        return self.basis if self.rounds == 1 else f"{self.basis} x{self.rounds}"
 
 
 METHODS = (
@@ -67,170 +75,12 @@ METHODS = (
 ITERATED = [method for method in METHODS if method.basis == "subspace_iteration"]
 
 
-class Recorded(NamedTuple):
-    """State that keeps the last gradients."""
-
-    gradients: Any
-
-
-class Training(NamedTuple):
-    """Some steps of the 60M model: what it leaves.
-
-    Attributes:
-      state: the last.
-      before: gradients of the step before the last.
-      last: gradients of the last step.
-      seconds: of one step.
-      loss: of the first step and of the last.
-    """
-
-    state: TrainState
-    before: Any
-    last: Any
-    seconds: float
-    loss: tuple[float, float]
-
-
 class Case(NamedTuple):
-    """A gradient, the gradient of the step before it, and its place in the tables."""
+    """A gradient, and the basis that an earlier one left: a row of the tables."""
 
-    model: str
-    last: jax.Array
-    before: jax.Array
-    rank: int
-    source: str
-
-    @property
-    def side(self) -> Side:
-        """The smaller one, as by default."""
-        return projected_side(self.last.shape)
-
-    @property
-    def label(self) -> str:
-        """For the first column."""
-        m, n = self.last.shape
-        return f"{self.model.removeprefix('llama_').upper()} {m} x {n}, r = {self.rank}"
-
-
-def record() -> optax.GradientTransformation:
-    return optax.GradientTransformation(
-        lambda params: Recorded(jax.tree.map(jnp.zeros_like, params)),
-        lambda updates, state, params=None: (updates, Recorded(updates)),
-    )
-
-
-def seconds_of(call: Callable[[], Any]) -> float:
-    begun = time.perf_counter()
-    jax.block_until_ready(call())
-    return time.perf_counter() - begun
-
-
-def interleaved(calls: dict[str, Callable[[], Any]], repeats: int) -> dict[str, float]:
-    """Median seconds of each, all called in turn; those that are slow only once."""
-    taken: dict[str, list[float]] = {name: [] for name in calls}
-    for _, (name, call) in itertools.product(range(repeats), calls.items()):
-        if not taken[name] or taken[name][0] < SLOW:
-            taken[name].append(seconds_of(call))
-    return {name: statistics.median(times) for name, times in taken.items()}
-
-
-def compiled(function: Callable[..., Any], *arguments: Any) -> Callable[[], Any]:
-    """A call of it; fast ones are run once to warm up."""
-    executable = jax.jit(function).lower(*arguments).compile()
-    return lambda: executable(*arguments)
-
-
-def train() -> Training:
-    """Trains the 60M model on the sample."""
-    model = PRESETS["llama_60m"]
-    data = TextData(
-        DataConfig("sample", data_dir=None, tokenizer=None, seq_len=LENGTH, packing=True),
-        vocab_size=model.vocab_size,
-    )
-    tx = galore(
-        optax.adamw(2e-3),
-        rank=RANKS["llama_60m"],
-        update_proj_gap=NEVER,
-        target_modules=TARGETS,
-        basis="subspace_iteration",
-    )
-    tx = optax.with_extra_args_support(optax.chain(record(), tx))
-    state = jax.jit(functools.partial(init_state, model, tx))(jax.random.key(0))
-    batches = data.train_batches(batch_size=SEQUENCES, seed=0)
-    step = make_train_step(model, tx, optax.constant_schedule(2e-3), micro_batches=1)
-    batch = jax.tree.map(jnp.asarray, next(batches))
-    run = jax.jit(step, donate_argnums=0).lower(state, batch).compile()
-    times, losses, gradients = [], [], None
-    for i in range(TRAIN_STEPS):
-        before = gradients
-        begun = time.perf_counter()
-        state, metrics = jax.block_until_ready(run(state, batch))
-        times.append(time.perf_counter() - begun)
-        losses.append(float(metrics["loss"]))
-        gradients = jax.tree.map(np.asarray, state.opt_state[0].gradients)
-        print(f"60M, step {i}: loss {losses[-1]:.3f}, {times[-1]:.2f} s", flush=True)
-        batch = jax.tree.map(jnp.asarray, next(batches))
-    batches.close()
-    # The first step changes the bases too.
-    return Training(state, before, gradients, statistics.median(times[1:]), (losses[0], losses[-1]))
-
-
-def stacks(tree: Any) -> list[jax.Array]:
-    """The (L, m, n) leaves that are projected."""
-    selected = is_projected(tree, TARGETS)
-    return [
-        leaf
-        for leaf, wanted in zip(jax.tree.leaves(tree), jax.tree.leaves(selected), strict=True)
-        if wanted
-    ]
-
-
-def synthetic(like: Case, shape: tuple[int, int], seed: int) -> tuple[jax.Array, jax.Array]:
-    """Two gradients of a shape with the spectrum, and as much in common, as those of a case.
-
-    Singular values are interpolated over the relative index, singular vectors are random. The
-    second matrix is a combination of the first and of one like it and independent.
-    """
-    measured = np.linalg.svd(np.asarray(like.last), compute_uv=False)
-    k = min(shape)
-    places = np.linspace(0, 1, k), np.linspace(0, 1, len(measured))
-    spectrum = np.exp(np.interp(*places, np.log(np.maximum(measured, 1e-6 * measured[0]))))
-    rng = np.random.default_rng(seed)
-    u, v = (np.linalg.qr(rng.standard_normal((s, k), dtype=np.float32))[0] for s in shape)
-    last = (u * spectrum.astype(np.float32)) @ v.T
-    cosine = np.vdot(like.last, like.before)
-    cosine /= np.linalg.norm(like.last) * np.linalg.norm(like.before)
-    flips = (rng.choice(np.array([-1, 1], np.float32), s) for s in shape)
-    other = next(flips)[:, None] * last * next(flips)
-    return jnp.asarray(last), jnp.asarray(cosine * last + np.sqrt(1 - cosine**2) * other)
-
-
-def cases(training: Training, models: Sequence[str]) -> list[Case]:
-    """An attention's and an MLP's gradient for each model."""
-    blocks = [tree["blocks"] for tree in (training.last, training.before)]
-    layer = PRESETS["llama_60m"].num_layers // 2
-    real = []
-    for block, kernel in (("attn", "q_proj"), ("mlp", "gate_proj")):
-        last, before = (jnp.asarray(tree[block][kernel]["kernel"][layer]) for tree in blocks)
-        real.append(Case("llama_60m", last, before, RANKS["llama_60m"], "real"))
-    found = list(real) if "llama_60m" in models else []
-    for model in models:
-        if model == "llama_60m":
-            continue
-        config = PRESETS[model]
-        for like, columns in zip(real, (config.hidden_size, config.intermediate_size), strict=True):
-            last, before = synthetic(like, (config.hidden_size, columns), len(found))
-            found.append(Case(model, last, before, RANKS[model], "synthetic"))
-    return found
-
-
-def optax_update(tx: optax.GradientTransformation, gradients: Any) -> list[Callable[[], Any]]:
-    """Its update with a change of basis (count 0), and the same program without (count 1)."""
-    state = tx.init(gradients)
-    update = jax.jit(lambda updates, state: tx.update(updates, state))
-    executable = update.lower(gradients, state).compile()
-    later = state._replace(count=state.count + 1)
-    return [functools.partial(executable, gradients, of) for of in (state, later)]
+    label: str
+    gradient: jax.Array
+    old: jax.Array
 
 
 class Row(NamedTuple):
@@ -240,10 +90,9 @@ class Row(NamedTuple):
       case: which.
       seconds: by name of the method.
       share: the gradient's energy that SVD's basis captures.
-      energy: that of each method relative to SVD's.
-      warm: the same where a method starts from the previous step's basis.
-      stable_rank: of the gradient.
-      overlap: of SVD's basis and the previous step's.
+      energy: what each method captures from a cold start, relative to ``share``.
+      warm: the same from the old basis.
+      overlap: of SVD's basis and the old one.
     """
 
     case: Case
@@ -251,51 +100,330 @@ class Row(NamedTuple):
     share: float
     energy: dict[str, float]
     warm: dict[str, float]
-    stable_rank: float
     overlap: float
+
+
+def interleaved(
+    calls: dict[str, Callable[[], Any]], repeats: int, of_slow: int
+) -> tuple[dict[str, list[float]], dict[str, Any]]:
+    """Seconds of calls made in turn, slow ones less often; and what each returned."""
+    taken: dict[str, list[float]] = {name: [] for name in calls}
+    found = {}
+    for i, (name, call) in itertools.product(range(repeats), calls.items()):
+        if i < of_slow or taken[name][0] < SLOW:
+            begun = time.perf_counter()
+            found[name] = jax.block_until_ready(call())
+            taken[name].append(time.perf_counter() - begun)
+    return taken, found
+
+
+def basis_of(method: Method, gradient: jax.Array, old: jax.Array) -> Any:
+    """On the smaller side, as by default."""
+    return find_basis(
+        method.basis,
+        gradient,
+        old.shape[-1],
+        projected_side(gradient.shape),
+        old=old,
+        key=jax.random.key(1),
+        power_iterations=method.rounds,
+    )
+
+
+def optax_updates(tx: optax.GradientTransformation, gradients: Any) -> list[Callable[[], Any]]:
+    """Its update with a change of basis (count 0), and the same program without (count 1)."""
+    state: Any = tx.init(gradients)
+    executable = jax.jit(lambda *of: tx.update(*of)).lower(gradients, state).compile()
+    later = state._replace(count=state.count + 1)
+    return [functools.partial(executable, gradients, of) for of in (state, later)]
+
+
+def sample_gradients(workdir: Path) -> tuple[Any, Any]:
+    """Gradients of two batches at the end of a run on the sample, of its blocks."""
+    folder = workdir / "sample"
+    command = [sys.executable, str(ROOT / "train.py"), "--config=configs/sample.py"]
+    command += ["--config.eval_every_steps=0", "--config.checkpoint_every_steps=0"]
+    subprocess.run([*command, f"--workdir={folder}"], check=True, stdout=subprocess.DEVNULL)
+    config: Any = ConfigDict(json.loads((folder / "config.json").read_text()))
+    model, data = settings.model_config(config), settings.open_data(config)
+    abstract = jax.eval_shape(
+        functools.partial(init_state, model, make_optimizer(config)), jax.random.key(0)
+    )
+    with Checkpoints(folder / "checkpoints", keep=1) as checkpoints:
+        restored = checkpoints.restore(abstract)
+    assert restored is not None
+    graphdef = graph_definition(model)
+
+    def loss(params: Any, batch: Any) -> jax.Array:
+        nll, count = llama.apply(graphdef, params).loss(batch["tokens"], batch["targets"])
+        return nll / count
+
+    batches = data.train_batches(batch_size=TOKENS // config.data.seq_len, seed=1)
+    gradient = jax.jit(jax.grad(loss))
+    before, last = (
+        gradient(restored.state.params, jax.tree.map(jnp.asarray, next(batches)))["blocks"]
+        for _ in range(2)
+    )
+    batches.close()
+    return kernels(before), kernels(last)
+
+
+def kernels(blocks: Any) -> dict[str, jax.Array]:
+    """The seven stacks of matrices, by name."""
+    stacks = {**blocks["attn"], **blocks["mlp"]}
+    return {name: stack["kernel"] for name, stack in stacks.items()}
+
+
+def energies_of_sample(before: Any, last: Any) -> tuple[dict[str, list[str]], str]:
+    """What each method captures of every matrix of the sample's model: cells by method."""
+    captured = jax.jit(captured_energy)
+
+    def shares(method: Method, starts: dict[str, Any]) -> tuple[np.ndarray, dict]:
+        find = jax.jit(functools.partial(basis_of, method))
+        bases = {name: find(gradient, starts[name]) for name, gradient in last.items()}
+        found = [captured(gradient, bases[name]) for name, gradient in last.items()]
+        return np.concatenate(found), bases
+
+    zeros: dict[str, Any] = {
+        name: empty_projector(g.shape, 64, projected_side(g.shape), g.dtype)
+        for name, g in last.items()
+    }
+    exact, bases = shares(METHODS[0], zeros)
+    find = jax.jit(functools.partial(basis_of, METHODS[0]))
+    old: dict[str, Any] = {name: find(gradient, zeros[name]) for name, gradient in before.items()}
+    cells = {}
+    for method in METHODS:
+        cold = shares(method, zeros)[0] / exact
+        warm = shares(method, old)[0] / exact if method in ITERATED else cold
+        cells[method.name] = [f"{of.mean():.4f}, {of.min():.4f}" for of in (cold, warm)]
+    ranks = np.concatenate([stable_rank(gradient) for gradient in last.values()])
+    common = np.concatenate([overlap(bases[name], old[name]) for name in last])
+    kept = np.concatenate([captured(gradient, old[name]) for name, gradient in last.items()])
+    return cells, (
+        f"Of the {len(exact)} gradients SVD's bases capture {exact.mean():.3f} of the energy on "
+        f"average and {exact.min():.3f} of\none; the old bases still "
+        f"{(kept / exact).mean():.3f} of that. Stable rank {ranks.min():.1f} to {ranks.max():.1f}; "
+        f"overlap of old and exact\nbases {common.mean():.2f}."
+    )
+
+
+def model_table(repeats: int, energies: dict[str, list[str]]) -> list[str]:
+    """Every matrix of the 60M model refreshed, against a training step of it."""
+    model = PRESETS["llama_60m"]
+    data = TextData(
+        DataConfig("sample", data_dir=None, tokenizer=None, seq_len=LENGTH, packing=True),
+        vocab_size=model.vocab_size,
+    )
+
+    def transformation(optimizer: Any, method: Method = METHODS[2]) -> Any:
+        return galore(
+            optimizer,
+            rank=RANKS["llama_60m"],
+            update_proj_gap=NEVER,
+            basis=method.basis,
+            power_iterations=method.rounds,
+            target_modules="proj",
+        )
+
+    tx = transformation(optax.adamw(1e-3))
+    state = jax.jit(functools.partial(init_state, model, tx))(jax.random.key(0))
+    batches = data.train_batches(batch_size=SEQUENCES, seed=0)
+    batch = jax.tree.map(jnp.asarray, next(batches))
+    batches.close()
+    step = make_train_step(model, tx, optax.constant_schedule(1e-3), micro_batches=1)
+    step = jax.jit(step).lower(state, batch).compile()
+    state, _ = step(state, batch)  # changes the bases too
+
+    graphdef = graph_definition(model)
+    gradients = jax.jit(
+        jax.grad(lambda p: llama.apply(graphdef, p).loss(batch["tokens"], batch["targets"])[0])
+    )(state.params)
+    gradients = kernels(gradients["blocks"])
+    # Plain SGD: the change of basis is the same, and Adam's time would hide it.
+    start = transformation(optax.sgd(1.0)).init(gradients)
+    calls: dict[str, Callable[[], Any]] = {"step": functools.partial(step, state, batch)}
+    for method in METHODS:
+        update = functools.partial(transformation(optax.sgd(1.0), method).update, refresh=True)
+        calls[method.name] = functools.partial(
+            jax.jit(update).lower(gradients, start).compile(), gradients, start
+        )
+    update = functools.partial(transformation(optax.sgd(1.0)).update, refresh=False)
+    calls["without"] = functools.partial(jax.jit(update), gradients, start)
+    calls["without"]()
+    layers = [matrix for stack in gradients.values() for matrix in stack]
+    tx = optax.contrib.scale_by_galore(RANKS["llama_60m"], NEVER, base_optimizer=optax.identity())
+    calls[OPTAX], calls["without, optax"] = optax_updates(tx, layers)
+    taken, _ = interleaved(calls, repeats, 3)
+    seconds = {name: statistics.median(times) for name, times in taken.items()}
+    print(", ".join(f"{name} {of:.2f} s" for name, of in seconds.items()), flush=True)
+    lines = [
+        f"One training step took {seconds['step']:.2f} s.",
+        "",
+        "| basis | seconds | training steps | energy, cold | energy, warm |",
+        "|---|---|---|---|---|",
+    ]
+    for name in (*(method.name for method in METHODS), OPTAX):
+        of = seconds[name] - seconds["without, optax" if name == OPTAX else "without"]
+        cells = energies[METHODS[0].name if name == OPTAX else name]
+        of = max(of, 0.0)  # random costs less than the noise
+        cells = [f"{of:.2f}", f"{of / seconds['step']:.2f}", *cells]
+        lines.append(f"| {name} | " + " | ".join(cells) + " |")
+    return lines
+
+
+def cases(before: Any, last: Any, models: Sequence[str]) -> list[Case]:
+    """An attention's and an MLP's gradient of the sample's model, and the like at other sizes.
+
+    These have random singular vectors, the real singular values interpolated over the relative
+    index, and an old basis that overlaps with the exact one as the real one does.
+    """
+    found = []
+    for kernel in KERNELS:
+        gradient, earlier = (of[kernel][len(of[kernel]) // 2] for of in (last, before))
+        old = basis_of(METHODS[0], earlier, jnp.zeros((len(gradient), 64)))
+        found.append(Case("sample", gradient, old))
+    rng = np.random.default_rng(0)
+    for model in models:
+        config, rank = PRESETS[model], RANKS[model]
+        for like, n in zip(found[:2], (config.hidden_size, config.intermediate_size), strict=True):
+            m = config.hidden_size
+            measured = np.linalg.svd(like.gradient, compute_uv=False)
+            places = np.linspace(0, 1, m), np.linspace(0, 1, len(measured))
+            values = np.exp(np.interp(*places, np.log(measured))).astype(np.float32)
+            u, v = (np.linalg.qr(rng.standard_normal((s, m), np.float32))[0] for s in (m, n))
+            real = basis_of(METHODS[0], like.gradient, like.old)
+            common = float(overlap(real, like.old))
+            noise = rng.standard_normal((m, rank), np.float32) / np.float32(np.sqrt(m))
+            old, _ = np.linalg.qr(np.sqrt(common) * u[:, :rank] + np.sqrt(1 - common) * noise)
+            label = model.removeprefix("llama_").upper()
+            found.append(Case(label, jnp.asarray((u * values) @ v.T), jnp.asarray(old)))
+    return found
 
 
 def measure(case: Case, repeats: int) -> Row:
     """Times and captured energies for one matrix."""
-    key = jax.random.key(1)
-    zeros = empty_projector(case.last.shape, case.rank, case.side, jnp.float32)
-    calls: dict[str, Callable[[], Any]] = {}
-    executables = {}
-    for method in METHODS:
+    zeros = jnp.zeros_like(case.old)
+    executables = {
+        method: jax.jit(functools.partial(basis_of, method)).lower(case.gradient, zeros).compile()
+        for method in METHODS
+    }
+    calls: dict[str, Callable[[], Any]] = {
+        method.name: functools.partial(executable, case.gradient, zeros)
+        for method, executable in executables.items()
+    }
+    tx = optax.contrib.scale_by_galore(zeros.shape[-1], NEVER, base_optimizer=optax.identity())
+    calls[OPTAX], calls["without"] = optax_updates(tx, case.gradient)
+    taken, found = interleaved(calls, repeats, 1)
+    seconds = {name: statistics.median(times) for name, times in taken.items()}
+    seconds[OPTAX] -= seconds.pop("without")
+    found[OPTAX] = found[OPTAX][1].projector
+    of_each = ", ".join(f"{name} {of:.3f} s" for name, of in seconds.items())
+    print(f"{case.label} {case.gradient.shape}: {of_each}", flush=True)
 
-        def find(gradient: jax.Array, old: Any, method: Method = method) -> Any:
-            return find_basis(
-                method.basis,
-                gradient,
-                case.rank,
-                case.side,
-                old=old,
-                key=key,
-                power_iterations=method.rounds,
-            )
-
-        executables[method] = jax.jit(find).lower(case.last, zeros).compile()
-        calls[method.name] = functools.partial(executables[method], case.last, zeros)
-    tx = optax.contrib.scale_by_galore(case.rank, NEVER, base_optimizer=optax.identity())
-    calls[OPTAX], without = optax_update(tx, case.last)
-    taken = interleaved({**calls, "without": without}, repeats)
-    taken[OPTAX] -= taken.pop("without")
-
-    captured = jax.jit(captured_energy, static_argnums=2)
-    # Exact, as is SVD, and cheaper.
-    exact = executables[Method("eigh")](case.last, zeros)
-    old = executables[Method("eigh")](case.before, zeros)
-    found = {method: executables[method](case.last, zeros) for method in METHODS[1:]}
-    share = float(captured(case.last, exact, case.side))
+    captured = jax.jit(captured_energy)
+    share = float(captured(case.gradient, found["svd"]))
+    warm = {
+        method.name: captured(case.gradient, executables[method](case.gradient, case.old))
+        for method in ITERATED
+    }
     return Row(
         case,
-        taken,
+        seconds,
         share,
-        {m.name: float(captured(case.last, p, case.side)) / share for m, p in found.items()},
-        {
-            m.name: float(captured(case.last, executables[m](case.last, old), case.side)) / share
-            for m in ITERATED
-        },
-        float(stable_rank(case.last)),
-        float(overlap(exact, old)),
+        {name: float(captured(case.gradient, found[name])) / share for name in seconds},
+        {name: float(energy) / share for name, energy in warm.items()},
+        float(overlap(found["svd"], case.old)),
     )
+
+
+def matrix_tables(rows: Sequence[Row]) -> list[str]:
+    names = list(rows[0].seconds)
+    iterated = [method.name for method in ITERATED]
+    others = [name for name in names if name not in ("svd", *iterated)]
+    starts = [f"{name}, {start}" for name in iterated for start in ("cold", "warm")]
+    times = head("matrix", "r", *names, "svd, seconds")
+    energy = head("matrix", "r", "overlap", "svd", *starts, *others)
+    for row in rows:
+        m, n = row.case.gradient.shape
+        first = f"| {row.case.label}, {m} x {n} | {row.case.old.shape[-1]} | "
+        exact = row.seconds["svd"]
+        ratios = [f"{row.seconds[name] / exact:.3f}" for name in names]
+        times.append(first + " | ".join([*ratios, f"{exact:.3f}"]) + " |")
+        shares = [of[name] for name in iterated for of in (row.energy, row.warm)]
+        shares = [row.share, *shares, *(row.energy[name] for name in others)]
+        cells = [f"{row.overlap:.2f}", *(f"{share:.4f}" for share in shares)]
+        energy.append(first + " | ".join(cells) + " |")
+    return [
+        "## One matrix: seconds as a ratio to exact SVD's",
+        "",
+        *times,
+        "",
+        "## One matrix: captured energy as a ratio to exact SVD's",
+        "",
+        "The column svd is the share of the gradient's energy that exact SVD captures, and overlap",
+        "that of its basis with the old one.",
+        "",
+        *energy,
+    ]
+
+
+def head(*names: str) -> list[str]:
+    return ["| " + " | ".join(names) + " |", "|---" * len(names) + "|"]
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawTextHelpFormatter
+    )
+    parser.add_argument("--models", nargs="+", choices=list(RANKS), default=list(RANKS))
+    parser.add_argument("--repeats", type=int, default=5, help=f"of what takes below {SLOW:g} s")
+    parser.add_argument("--workdir", type=Path, default=Path("runs/refresh"))
+    parser.add_argument("--out", type=Path, required=True, help="the Markdown tables to write")
+    arguments = parser.parse_args()
+    arguments.out.parent.mkdir(parents=True, exist_ok=True)
+
+    before, last = sample_gradients(arguments.workdir)
+    energies, summary = energies_of_sample(before, last)
+    print(summary, *energies.items(), sep="\n", flush=True)
+    of_model = model_table(arguments.repeats, energies)
+    rows = [measure(case, arguments.repeats) for case in cases(before, last, arguments.models)]
+    threads = os.environ.get("OPENBLAS_NUM_THREADS")
+    prefix = f"OPENBLAS_NUM_THREADS={threads} " if threads else ""
+    version, load = importlib.metadata.version("jax"), os.getloadavg()[0]
+    text = f"""# What a change of basis costs, and what each basis captures
+
+    {prefix}{shlex.join(["python", "benchmarks/refresh.py", *sys.argv[1:]])}
+
+jax {version}, {os.cpu_count()} CPU cores, OpenBLAS threads: {threads or "its default"}; load
+average {load:.1f}, this run's included. On a shared machine only ratios tell anything: they are
+within one process, in which the methods were called in turn, and a training step, which keeps
+every core busy, is slowed down most. Medians of {arguments.repeats} calls;
+of what takes over {SLOW:g} s, of 3 for the whole model and of 1 for one matrix. `x2` stands for
+`power_iterations=2`. `{OPTAX}` is its compiled update at a change of basis minus the
+same program's at none; it takes the vectors of the larger side, from exact SVD.
+
+*Cold* starts from no basis, *warm* from the exact one of another batch's gradient. Real gradients,
+of {TOKENS} tokens: the blocks of the sample's 9M-parameter LLaMA after its 600 updates
+(`python train.py`), 6 layers x 7 kernels, rank 64 of 256.
+
+## Every matrix of the 60M model
+
+8 layers x 7 kernels, rank 128 of 512: `galore(...).update` with `refresh=True` minus that with
+`refresh=False`, against a training step (forward, backward, update; float32, {SEQUENCES} x {LENGTH}
+tokens). Energies, relative to exact SVD's, are those of the sample's model, mean and least.
+
+{summary}
+
+"""
+    note = """
+Rows named sample are real gradients of its middle block, `q_proj` and `gate_proj`. The others are
+synthetic: random singular vectors, singular values interpolated from these two over the relative
+index, and an old basis that is the exact one plus noise, of about their overlap. Noise that spares
+no direction is easier to undo than a change of batch: for *warm* see the real rows.
+"""
+    lines = [*of_model, note, *matrix_tables(rows), ""]
+    arguments.out.write_text(text + "\n".join(lines))
+
+
+if __name__ == "__main__":
+    main()

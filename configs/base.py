@@ -84,7 +84,7 @@ def get_config(arg: str = "") -> ConfigDict:
     config.galore.proj_type = "std"
     # "svd" and "eigh": exact; "subspace_iteration", "randomized"; "random": whatever the gradient
     config.galore.basis = "svd"
-    config.galore.power_iterations = 1  # rounds of subspace_iteration and randomized at a refresh
+    config.galore.power_iterations = 2  # rounds of subspace_iteration and randomized at a refresh
     config.galore.transport = False  # first moments follow the basis
     config.galore.projector_dtype = config_dict.placeholder(str)  # None: param_dtype
     config.galore.target_modules = ("attn", "mlp")  # regular expressions on the weights' paths

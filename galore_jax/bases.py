@@ -32,7 +32,7 @@ def find_basis(
     *,
     old: Projector,
     key: jax.Array,
-    power_iterations: jax.typing.ArrayLike = 1,
+    power_iterations: jax.typing.ArrayLike = 2,
 ) -> Projector:
     """The basis of that name; what it costs and captures is in docs/refresh.md.
 
@@ -109,7 +109,7 @@ def subspace_iteration(
     old: Projector,
     key: jax.Array,
     side: Side,
-    rounds: jax.typing.ArrayLike = 1,
+    rounds: jax.typing.ArrayLike = 2,
 ) -> Projector:
     """Rounds of ``P <- orth(G (G^T P))`` from the basis so far (Halko et al. 2011, Algorithm 4.4).
 
@@ -142,7 +142,7 @@ def randomized_basis(
     rank: int,
     key: jax.Array,
     side: Side,
-    power_iterations: jax.typing.ArrayLike = 1,
+    power_iterations: jax.typing.ArrayLike = 2,
 ) -> Projector:
     """The top singular vectors of a randomized SVD (Halko et al. 2011, arXiv:0909.4061).
 

@@ -28,7 +28,7 @@ def galore(
     target_modules: str | Sequence[str] | None = None,
     weight_dimension_numbers: Any = None,
     basis: Basis = "svd",
-    power_iterations: int = 1,
+    power_iterations: int = 2,
     transport: bool = False,
     projector_dtype: jax.typing.DTypeLike | None = None,
     seed: int = 0,
