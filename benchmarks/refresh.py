@@ -399,7 +399,8 @@ average {load:.1f}, this run's included. On a shared machine only ratios tell an
 within one process, in which the methods were called in turn, and a training step, which keeps
 every core busy, is slowed down most. Medians of {arguments.repeats} calls;
 of what takes over {SLOW:g} s, of 3 for the whole model and of 1 for one matrix. `x2` stands for
-`power_iterations=2`. `{OPTAX}` is its compiled update at a change of basis minus the
+`power_iterations=2`, the default; the other rows have 1.
+`{OPTAX}` is its compiled update at a change of basis minus the
 same program's at none; it takes the vectors of the larger side, from exact SVD.
 
 *Cold* starts from no basis, *warm* from the exact one of another batch's gradient. Real gradients,
