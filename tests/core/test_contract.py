@@ -5,6 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+from float64 import float64_types
 
 from galore_jax import galore, galore_adamw
 
@@ -75,7 +76,7 @@ def test_types_of_state_and_updates_are_stable(dtype, optimizer):
         "polyak_sgd": optax.polyak_sgd(),
     }[optimizer]
     tx = galore(inner, rank=2, update_proj_gap=2)
-    with jax.enable_x64(dtype == "float64"):
+    with float64_types(dtype == "float64"):
         params, grads = tree(0, dtype), tree(1, dtype)
         state = tx.init(params)
         # A loss of another dtype than the params must not leak into the updates.

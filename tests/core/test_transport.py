@@ -7,13 +7,14 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+from float64 import float64_types
 
 from galore_jax import galore, projection
 
 
 @pytest.fixture
 def float64():
-    with jax.enable_x64(True):
+    with float64_types():
         yield
 
 
