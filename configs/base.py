@@ -64,8 +64,8 @@ def get_config(arg: str = "") -> ConfigDict:
     config.schedule.final_lr_ratio = 0.1  # cosine to this part of peak_lr at train_steps
 
     config.optimizer = ConfigDict()
-    # "adafactor", or any alias of optax or optax.contrib. Norms that an alias takes over a leaf
-    # (lamb, lars, adafactor's clipping) go over all layers: blocks are stacked.
+    # "adafactor", or any alias of optax or optax.contrib. With method "full", norms that an alias
+    # takes over a leaf (lamb, lars, adafactor's clipping) go over all layers: blocks are stacked.
     config.optimizer.name = "adamw"
     config.optimizer.b1 = config_dict.placeholder(float)  # None: the alias's own default
     config.optimizer.b2 = config_dict.placeholder(float)  # None: the alias's own default

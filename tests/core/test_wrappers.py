@@ -1,9 +1,11 @@
 """galore inside and around Optax's wrappers, Flax's and nnx's: what each of them should mean."""
 
+import flax
 import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
+import pytest
 from flax import nnx
 from flax.training.train_state import TrainState
 
@@ -193,6 +195,9 @@ def test_train_state_of_flax():
     assert int(state.step) == int(state.opt_state.count) == 3
 
 
+@pytest.mark.skipif(
+    flax.__version__ < "0.12", reason="its nnx.Optimizer fails on optax.MaskedNode, galore or not"
+)
 def test_nnx_optimizer_trains_with_low_rank_moments():
     class MLP(nnx.Module):
         def __init__(self, rngs):

@@ -68,7 +68,7 @@ def test_state_bytes_of_the_papers_models(name, params, galore):
     [
         ("galore.rank", 0, r"config\.galore\.rank=0 must be at least 1"),
         ("galore.update_proj_gap", 0, r"config\.galore\.update_proj_gap=0 must be at least 1"),
-        ("galore.proj_type", "sdt", "must be std; did you mean std"),
+        ("galore.proj_type", "sdt", "must be std or .* did you mean std"),
         ("galore.scale", 0.0, "must be greater than 0"),
         ("method", "ful", "must be galore or full; did you mean full"),
         ("batch_size", 3, r"config\.batch_size=3 must be a multiple of .*micro_batch_size=2"),
@@ -110,15 +110,9 @@ def test_bad_optimizers(overrides, message):
         make_optimizer(tiny_config(**overrides))
 
 
-# Their state is made from the weights' values, which GaLore does not know before a gradient.
-HOLD_WEIGHTS = {
-    "cocob", "dog", "dowg", "madgrad", "prodigy", "schedule_free_adamw", "schedule_free_sgd",
-}  # fmt: skip
-
-
 @pytest.mark.parametrize("method", ["galore", "full"])
 @pytest.mark.parametrize("name", sorted(optimizers.aliases()))
-def test_every_alias_goes_down_or_is_refused(name, method):
+def test_every_alias_goes_down(name, method):
     config = tiny_config(f"method={method},optimizer={name}", schedule__warmup_steps=0)
     keys = jax.random.split(jax.random.key(0), 4)
     shapes = {"blocks": {"attn": {"kernel": (2, 6, 10)}}, "embed": (12, 6)}
@@ -127,10 +121,6 @@ def test_every_alias_goes_down_or_is_refused(name, method):
     )
     target, params = draw(keys[0]), draw(keys[1])
     tx = make_optimizer(config)
-    if method == "galore" and name in HOLD_WEIGHTS:
-        with pytest.raises(ValueError, match="made from the values of the weights"):
-            jax.eval_shape(tx.init, params)
-        return
 
     def loss(params):
         return optax.tree.norm(jax.tree.map(jnp.subtract, params, target), squared=True)
