@@ -11,15 +11,11 @@ import importlib.metadata
 import itertools
 import shlex
 import statistics
-import subprocess
 import sys
 from pathlib import Path
 from typing import NamedTuple
 
-from galore_jax.training.metrics import read_metrics
-
-ROOT = Path(__file__).parents[1]
-
+from runs import final_eval_loss, train
 
 # basis, update_proj_gap, and whether first moments are transported
 RUNS = (
@@ -55,20 +51,15 @@ class Variant(NamedTuple):
 
 def eval_loss(config: str, workdir: Path, variant: Variant, seed: int) -> float:
     folder = workdir / f"{variant.basis}-T{variant.gap}-transport{variant.transport}-seed{seed}"
-    command = [
-        sys.executable,
-        str(ROOT / "train.py"),
-        f"--config={config}",
-        f"--config.seed={seed}",
-        f"--config.galore.basis={variant.basis}",
-        f"--config.galore.update_proj_gap={variant.gap}",
-        f"--config.galore.transport={variant.transport}",
-        "--config.eval_every_steps=0",
-        "--config.checkpoint_every_steps=0",
-        f"--workdir={folder}",
-    ]
-    subprocess.run(command, check=True, stdout=subprocess.DEVNULL)
-    return [line["eval_loss"] for line in read_metrics(folder) if "eval_loss" in line][-1]
+    overrides = {
+        "seed": seed,
+        "galore.basis": variant.basis,
+        "galore.update_proj_gap": variant.gap,
+        "galore.transport": variant.transport,
+    }
+    if train(config, folder, overrides) != 0:
+        raise SystemExit(f"{folder}: the run failed")
+    return final_eval_loss(folder)
 
 
 def row(variant: Variant, losses: list[float], base: float) -> str:

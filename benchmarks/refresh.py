@@ -16,7 +16,6 @@ import json
 import os
 import shlex
 import statistics
-import subprocess
 import sys
 import time
 from collections.abc import Callable, Sequence
@@ -29,6 +28,7 @@ import numpy as np
 import optax
 import optax.contrib
 from ml_collections import ConfigDict
+from runs import train
 
 from galore_jax import galore
 from galore_jax.bases import Basis, find_basis
@@ -42,7 +42,6 @@ from galore_jax.training.checkpoints import Checkpoints
 from galore_jax.training.optimizers import make_optimizer
 from galore_jax.training.steps import graph_definition, init_state, make_train_step
 
-ROOT = Path(__file__).parents[1]
 RANKS = {"llama_60m": 128, "llama_130m": 256, "llama_350m": 256, "llama_1b": 512}
 SEQUENCES, LENGTH = 16, 256
 TOKENS = SEQUENCES * LENGTH
@@ -141,9 +140,8 @@ def optax_updates(tx: optax.GradientTransformation, gradients: Any) -> list[Call
 def sample_gradients(workdir: Path) -> tuple[Any, Any]:
     """Gradients of two batches at the end of a run on the sample, of its blocks."""
     folder = workdir / "sample"
-    command = [sys.executable, str(ROOT / "train.py"), "--config=configs/sample.py"]
-    command += ["--config.eval_every_steps=0", "--config.checkpoint_every_steps=0"]
-    subprocess.run([*command, f"--workdir={folder}"], check=True, stdout=subprocess.DEVNULL)
+    if train("configs/sample.py", folder, {}) != 0:
+        raise SystemExit(f"{folder}: the run failed")
     config: Any = ConfigDict(json.loads((folder / "config.json").read_text()))
     model, data = settings.model_config(config), settings.open_data(config)
     abstract = jax.eval_shape(

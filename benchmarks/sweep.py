@@ -10,31 +10,19 @@ import argparse
 import importlib.metadata
 import itertools
 import shlex
-import subprocess
 import sys
 from pathlib import Path
 
-from galore_jax.training.metrics import read_metrics
+from runs import final_eval_loss, train
 
-ROOT = Path(__file__).parents[1]
 KNOB = {"galore": "galore.scale", "full": "optimizer.matrix_lr_scale"}
 
 
-def final_eval_loss(config: str, workdir: Path, method: str, peak_lr: float, scale: float) -> float:
-    command = [
-        sys.executable,
-        str(ROOT / "train.py"),
-        f"--config={config}:method={method}",
-        f"--config.schedule.peak_lr={peak_lr}",
-        f"--config.{KNOB[method]}={scale}",
-        "--config.eval_every_steps=0",
-        "--config.checkpoint_every_steps=0",
-        f"--workdir={workdir}",
-    ]
-    done = subprocess.run(command, check=False, stdout=subprocess.DEVNULL)
-    if done.returncode != 0:
+def eval_loss(config: str, workdir: Path, method: str, peak_lr: float, scale: float) -> float:
+    overrides = {"schedule.peak_lr": peak_lr, KNOB[method]: scale}
+    if train(f"{config}:method={method}", workdir, overrides) != 0:
         return float("inf")  # it diverged, and has said so
-    return [line["eval_loss"] for line in read_metrics(workdir) if "eval_loss" in line][-1]
+    return final_eval_loss(workdir)
 
 
 def table(losses: dict[tuple[float, float], float], method: str) -> list[str]:
@@ -77,7 +65,7 @@ def main() -> None:
         losses = {}
         for peak_lr, scale in itertools.product(arguments.peak_lr, arguments.scale):
             workdir = arguments.workdir / f"{method}-lr{peak_lr:g}-scale{scale:g}"
-            loss = final_eval_loss(arguments.config, workdir, method, peak_lr, scale)
+            loss = eval_loss(arguments.config, workdir, method, peak_lr, scale)
             losses[peak_lr, scale] = loss
             print(f"{method} peak_lr={peak_lr:g} scale={scale:g}: eval loss {loss:.4f}", flush=True)
         lines += table(losses, method)

@@ -14,12 +14,19 @@ from typing import Any, Literal, get_args
 import jax
 import jax.numpy as jnp
 
-from galore_jax.projection import Projector, Side, TwoSided, effective_rank
+from galore_jax.projection import (
+    Projector,
+    Side,
+    TwoSided,
+    effective_rank,
+    in_float32,
+    matmul,
+    scaled,
+)
 
 Basis = Literal["svd", "eigh", "subspace_iteration", "randomized", "random"]
 BASES: tuple[Basis, ...] = get_args(Basis)
 
-_PRECISION = jax.lax.Precision.HIGHEST
 _OVERSAMPLING = 8  # Halko et al. 2011 suggest 5 or 10
 _NOISE = 0.01  # norm of the random part of each column that subspace iteration starts from
 
@@ -73,7 +80,7 @@ def svd_basis(gradient: jax.Array, rank: int, side: Side) -> Projector:
     [[0, 0], [1, 0], [0, 1]]
     """
     r = effective_rank(gradient.shape, rank)
-    u, _, vh = _each_matrix(_svd, _in_float32(gradient))
+    u, _, vh = _each_matrix(_svd, in_float32(gradient))
     left, right = u[..., :, :r], jnp.swapaxes(vh, -2, -1)[..., :, :r]
     if side == "both":
         return TwoSided(fix_signs(left), fix_signs(right))
@@ -91,14 +98,14 @@ def eigh_basis(gradient: jax.Array, rank: int, side: Side) -> Projector:
     [[0, 0], [1, 0], [0, 1]]
     """
     r = effective_rank(gradient.shape, rank)
-    matrix = _scaled(gradient)
+    matrix = scaled(gradient)
     smaller: Side = "left" if matrix.shape[-2] <= matrix.shape[-1] else "right"
     if smaller == "right":
         matrix = jnp.swapaxes(matrix, -2, -1)
     small = fix_signs(_top_eigenvectors(matrix, r))
     if side == smaller:
         return small
-    large = fix_signs(orthonormalized(_matmul(jnp.swapaxes(matrix, -2, -1), small)))
+    large = fix_signs(orthonormalized(matmul(jnp.swapaxes(matrix, -2, -1), small)))
     if side != "both":
         return large
     return TwoSided(small, large) if smaller == "left" else TwoSided(large, small)
@@ -124,7 +131,7 @@ def subspace_iteration(
     >>> found.round().astype(int).tolist()
     [[0], [1], [0]]
     """
-    matrix = _scaled(gradient)
+    matrix = scaled(gradient)
     start = old.left if isinstance(old, TwoSided) else old
     if side == "right":
         matrix = jnp.swapaxes(matrix, -2, -1)
@@ -133,7 +140,7 @@ def subspace_iteration(
     found = start.astype(matrix.dtype) + _NOISE / math.sqrt(k) * _normal(key, k, r, matrix.dtype)
     found = _power_iterations(matrix, found, rounds)
     if side == "both":
-        return TwoSided(found, orthonormalized(_matmul(transposed, found)))
+        return TwoSided(found, orthonormalized(matmul(transposed, found)))
     return found
 
 
@@ -151,17 +158,17 @@ def randomized_basis(
     >>> randomized_basis(g, 2, jax.random.key(0), "left").round().astype(int).tolist()
     [[0, 0], [1, 0], [0, 1]]
     """
-    matrix, r = _scaled(gradient), effective_rank(gradient.shape, rank)
+    matrix, r = scaled(gradient), effective_rank(gradient.shape, rank)
     if side == "right":
         matrix = jnp.swapaxes(matrix, -2, -1)
     transposed = jnp.swapaxes(matrix, -2, -1)
     width = effective_rank(gradient.shape, r + _OVERSAMPLING)
-    found = _matmul(matrix, _normal(key, matrix.shape[-1], width, matrix.dtype))
+    found = matmul(matrix, _normal(key, matrix.shape[-1], width, matrix.dtype))
     found = _power_iterations(matrix, orthonormalized(found), power_iterations)
-    inside = _top_eigenvectors(_matmul(jnp.swapaxes(found, -2, -1), matrix), r)
-    found = fix_signs(_matmul(found, inside))
+    inside = _top_eigenvectors(matmul(jnp.swapaxes(found, -2, -1), matrix), r)
+    found = fix_signs(matmul(found, inside))
     if side == "both":
-        return TwoSided(found, fix_signs(orthonormalized(_matmul(transposed, found))))
+        return TwoSided(found, fix_signs(orthonormalized(matmul(transposed, found))))
     return found
 
 
@@ -236,7 +243,7 @@ def _power_iterations(
     transposed = jnp.swapaxes(matrix, -2, -1)
 
     def once(columns: jax.Array) -> jax.Array:
-        return orthonormalized(_matmul(matrix, _matmul(transposed, columns)))
+        return orthonormalized(matmul(matrix, matmul(transposed, columns)))
 
     if isinstance(rounds, int):
         for _ in range(rounds):
@@ -247,25 +254,10 @@ def _power_iterations(
 
 def _top_eigenvectors(wide: jax.Array, count: int) -> jax.Array:
     """Of ``W W^T``, by falling eigenvalue."""
-    gram = _matmul(wide, jnp.swapaxes(wide, -2, -1))
+    gram = matmul(wide, jnp.swapaxes(wide, -2, -1))
     _, vectors = _each_matrix(lambda matrix: tuple(jnp.linalg.eigh(matrix)), gram)
     return jnp.flip(vectors[..., :, -count:], axis=-1)
 
 
-def _in_float32(gradient: jax.Array) -> jax.Array:
-    return gradient.astype(jnp.promote_types(gradient.dtype, jnp.float32))
-
-
-def _scaled(gradient: jax.Array) -> jax.Array:
-    """With 1 as the largest magnitude, so that squares neither vanish nor overflow."""
-    matrix = _in_float32(gradient)
-    largest = jnp.max(jnp.abs(matrix), axis=(-2, -1), keepdims=True)
-    return matrix / jnp.where(largest > 0, largest, 1)
-
-
 def _normal(key: jax.Array, rows: int, columns: int, dtype: jax.typing.DTypeLike) -> jax.Array:
     return jax.random.normal(key, (rows, columns), dtype)
-
-
-def _matmul(a: jax.Array, b: jax.Array) -> jax.Array:
-    return jnp.matmul(a, b, precision=_PRECISION)

@@ -16,9 +16,7 @@ NaN. For each projected matrix of a model whose kernels are matrices or stacks o
 import jax
 import jax.numpy as jnp
 
-from galore_jax.projection import Projector, Side, TwoSided, project
-
-_PRECISION = jax.lax.Precision.HIGHEST
+from galore_jax.projection import Projector, Side, TwoSided, in_float32, matmul, project, scaled
 
 
 def captured_energy(
@@ -56,7 +54,7 @@ def captured_energy(
     (8,)
     """
     side = _side_of(gradient, projector, side)
-    matrix = _scaled(gradient)
+    matrix = scaled(gradient)
     total = _energy(matrix)
     captured = _energy(project(matrix, projector, side))
     nothing = total == 0
@@ -100,8 +98,8 @@ def overlap(a: jax.Array, b: jax.Array) -> jax.Array:
             f"the bases must be (..., k, r_a) and (..., k, r_b), got {shapes[0]} and {shapes[1]}"
         )
     _check_stacks(*shapes)
-    a, b = _widened(a), _widened(b)
-    cosines = jnp.matmul(jnp.swapaxes(a, -2, -1), b, precision=_PRECISION)
+    a, b = in_float32(a), in_float32(b)
+    cosines = matmul(jnp.swapaxes(a, -2, -1), b)
     return jnp.minimum(_energy(cosines) / min(cosines.shape[-2:]), 1)
 
 
@@ -129,10 +127,10 @@ def stable_rank(gradient: jax.Array) -> jax.Array:
     """
     if jnp.ndim(gradient) < 2:
         raise ValueError(f"the gradient must be (..., m, n), got {jnp.shape(gradient)}")
-    matrix = _scaled(gradient)
+    matrix = scaled(gradient)
     if matrix.shape[-2] > matrix.shape[-1]:
         matrix = jnp.swapaxes(matrix, -2, -1)
-    gram = jnp.matmul(matrix, jnp.swapaxes(matrix, -2, -1), precision=_PRECISION)
+    gram = matmul(matrix, jnp.swapaxes(matrix, -2, -1))
     largest = jnp.linalg.eigvalsh(gram)[..., -1]
     total = _energy(matrix)
     return jnp.where(total == 0, 0, total / jnp.where(total == 0, 1, largest))
@@ -173,18 +171,6 @@ def _check_stacks(*shapes: tuple[int, ...]) -> None:
         raise ValueError(
             "the leading axes of " + " and ".join(map(str, shapes)) + " do not broadcast"
         ) from error
-
-
-def _widened(array: jax.Array) -> jax.Array:
-    array = jnp.asarray(array)
-    return array.astype(jnp.promote_types(array.dtype, jnp.float32))
-
-
-def _scaled(gradient: jax.Array) -> jax.Array:
-    """With 1 as the largest magnitude, so that squares neither vanish nor overflow."""
-    matrix = _widened(gradient)
-    largest = jnp.max(jnp.abs(matrix), axis=(-2, -1), keepdims=True)
-    return matrix / jnp.where(largest == 0, 1, largest)
 
 
 def _energy(matrix: jax.Array) -> jax.Array:

@@ -47,13 +47,13 @@ class LowRank:
     Attributes:
       optimizer: the one that sees the projected leaves.
       find_matrices: how each leaf of a tree is projected, in the order of the leaves.
-      find_basis: of (gradient (..., m, n), basis so far, matrix, key), the new basis in float32.
+      find_basis: :func:`galore_jax.bases.find_basis`, its basis chosen.
       update_proj_gap, scale, transport, projector_dtype, seed: see :func:`galore_jax.galore`.
     """
 
     optimizer: optax.GradientTransformationExtraArgs
     find_matrices: Callable[[Any], list[Matrix | None]]
-    find_basis: Callable[[jax.Array, Projector, Matrix, jax.Array], Projector]
+    find_basis: Callable[..., Projector]
     update_proj_gap: Any
     scale: Any
     transport: bool
@@ -222,7 +222,7 @@ class LowRank:
             for i, matrix in matrices.items():
                 is_finite = jnp.isfinite(gradients[i]).all(axis=(-2, -1), keepdims=True)
                 clean = jnp.where(is_finite, gradients[i], 0)
-                basis = self.find_basis(clean, old[i], matrix, key)
+                basis = self.find_basis(clean, matrix.rank, matrix.side, old=old[i], key=key)
                 keep = functools.partial(_where, is_finite)
                 new[i], finite[i] = jax.tree.map(keep, basis, old[i]), is_finite
             moved = {}

@@ -144,12 +144,16 @@ def find_matrices(
 
 def check_rank(rank: Any, where: str = "") -> None:
     """Raises TypeError or ValueError unless ``rank`` is an int of at least 1."""
-    if not isinstance(rank, numbers.Integral) or isinstance(rank, bool):
-        hint = "; a rank sets shapes, so for optax.inject_hyperparams name it in static_args"
-        traced = hint if isinstance(rank, jax.Array) else ""
-        raise TypeError(f"rank{where} must be an int of at least 1, got {rank!r}{traced}")
-    if rank < 1:
-        raise ValueError(f"rank{where} must be an int of at least 1, got {rank}")
+    traced = "; a rank sets shapes, so for optax.inject_hyperparams name it in static_args"
+    check_int(f"rank{where}", rank, 1, hint=traced if isinstance(rank, jax.Array) else "")
+
+
+def check_int(name: str, value: Any, least: int, *, hint: str = "") -> None:
+    """Raises TypeError or ValueError unless ``value`` is an int of at least ``least``."""
+    if not isinstance(value, numbers.Integral) or isinstance(value, bool):
+        raise TypeError(f"{name} must be an int of at least {least}, got {value!r}{hint}")
+    if value < least:
+        raise ValueError(f"{name} must be an int of at least {least}, got {value}")
 
 
 def _rank_of(rank: Rank, path: str, leaf: Any) -> int | None:

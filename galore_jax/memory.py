@@ -6,8 +6,10 @@ from typing import Any
 import jax
 import optax
 
+from galore_jax.inner_state import FIRST_MOMENTS
+
 # The fields in which Optax's states keep moments; everything else is other state.
-_FIRST_MOMENTS = frozenset({"mu", "trace", "ema", "m"})
+_FIRST_MOMENTS = FIRST_MOMENTS | {"m"}
 _SECOND_MOMENTS = frozenset({"nu", "nu_max", "v", "v_row", "v_col", "sum_of_squares"})
 
 

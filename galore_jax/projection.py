@@ -23,10 +23,6 @@ Side = Literal["left", "right", "both"]
 
 PROJ_TYPES: tuple[ProjType, ...] = get_args(ProjType)
 
-# Orthonormality is what makes project_back the inverse of project on the subspace: products with a
-# basis are taken in full float32 on hardware whose default for float32 is less (TPU, TF32).
-_PRECISION = jax.lax.Precision.HIGHEST
-
 
 class TwoSided(NamedTuple):
     """The two bases of ``proj_type="full"``.
@@ -138,11 +134,46 @@ def transport(coordinates: jax.Array, old: Projector, new: Projector, side: Side
     """
 
     def turn(new_basis: jax.Array, old_basis: jax.Array) -> jax.Array:
-        dtype = jnp.promote_types(new_basis.dtype, jnp.float32)
-        transposed = jnp.swapaxes(new_basis.astype(dtype), -2, -1)
-        return jnp.matmul(transposed, old_basis.astype(dtype), precision=_PRECISION)
+        return matmul(jnp.swapaxes(in_float32(new_basis), -2, -1), in_float32(old_basis))
 
     return _on_each_side(coordinates, jax.tree.map(turn, new, old), side, lambda basis: basis)
+
+
+def matmul(a: jax.Array, b: jax.Array) -> jax.Array:
+    """The product in full float32, on hardware whose default for float32 is less too (TPU, TF32).
+
+    Orthonormality is what makes ``project_back`` the inverse of ``project`` on the subspace.
+
+    >>> import jax.numpy as jnp
+    >>> matmul(jnp.ones((2, 3)), jnp.ones((3, 1))).tolist()
+    [[3.0], [3.0]]
+    """
+    return jnp.matmul(a, b, precision=jax.lax.Precision.HIGHEST)
+
+
+def in_float32(array: jax.Array) -> jax.Array:
+    """The array in float32, or in float64 if it is that.
+
+    >>> import jax.numpy as jnp
+    >>> in_float32(jnp.ones(3, jnp.bfloat16)).dtype
+    dtype('float32')
+    """
+    array = jnp.asarray(array)
+    return array.astype(jnp.promote_types(array.dtype, jnp.float32))
+
+
+def scaled(gradient: jax.Array) -> jax.Array:
+    """A (..., m, n) gradient in float32 with 1 as the largest magnitude of each matrix.
+
+    Squares then neither vanish nor overflow.
+
+    >>> import jax.numpy as jnp
+    >>> scaled(jnp.array([[1e-30, -2e-30]])).round(2).tolist()
+    [[0.5, -1.0]]
+    """
+    matrix = in_float32(gradient)
+    largest = jnp.max(jnp.abs(matrix), axis=(-2, -1), keepdims=True)
+    return matrix / jnp.where(largest == 0, 1, largest)
 
 
 def _on_each_side(
@@ -156,7 +187,7 @@ def _on_each_side(
     left = projector.left if isinstance(projector, TwoSided) else projector
     right = projector.right if isinstance(projector, TwoSided) else projector
     if side != "right":
-        out = jnp.matmul(orient(left), out, precision=_PRECISION)
+        out = matmul(orient(left), out)
     if side != "left":
-        out = jnp.matmul(out, jnp.swapaxes(orient(right), -2, -1), precision=_PRECISION)
+        out = matmul(out, jnp.swapaxes(orient(right), -2, -1))
     return out.astype(matrix.dtype)

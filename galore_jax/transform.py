@@ -1,6 +1,7 @@
 """GaLore as an Optax gradient transformation around any Optax optimizer."""
 
 import difflib
+import functools
 import math
 import numbers
 from collections.abc import Sequence
@@ -13,8 +14,8 @@ import optax
 from galore_jax.bases import BASES, Basis, find_basis
 from galore_jax.chaining import bare_galore
 from galore_jax.low_rank import LowRank
-from galore_jax.matrices import Matrix, Rank, check_rank, find_matrices
-from galore_jax.projection import PROJ_TYPES, Projector, ProjType
+from galore_jax.matrices import Rank, check_int, check_rank, find_matrices
+from galore_jax.projection import PROJ_TYPES, ProjType
 from galore_jax.selection import compiled_patterns
 
 
@@ -108,25 +109,14 @@ def galore(
     if target_modules is not None:
         compiled_patterns(target_modules)
 
-    def find(params: Any) -> list[Matrix | None]:
-        return find_matrices(
-            params,
-            rank=rank,
-            proj_type=proj_type,
-            target_modules=target_modules,
-            weight_dimension_numbers=weight_dimension_numbers,
-        )
-
-    def new_basis(gradient: jax.Array, old: Projector, matrix: Matrix, key: jax.Array) -> Projector:
-        return find_basis(
-            basis,
-            gradient,
-            matrix.rank,
-            matrix.side,
-            old=old,
-            key=key,
-            power_iterations=power_iterations,
-        )
+    find = functools.partial(
+        find_matrices,
+        rank=rank,
+        proj_type=proj_type,
+        target_modules=target_modules,
+        weight_dimension_numbers=weight_dimension_numbers,
+    )
+    new_basis = functools.partial(find_basis, basis, power_iterations=power_iterations)
 
     def wrap(inner: optax.GradientTransformation) -> optax.GradientTransformationExtraArgs:
         low_rank = LowRank(
@@ -152,9 +142,13 @@ def _check_arguments(
             f"optimizer must be an optax.GradientTransformation, got {type(optimizer).__name__}; "
             "for a rank write galore(rank=...)"
         )
-    _check_int("update_proj_gap", update_proj_gap, 1)
-    _check_int("power_iterations", power_iterations, 1)
-    _check_int("seed", seed, 0)
+    for name, value, least in (
+        ("update_proj_gap", update_proj_gap, 1),
+        ("power_iterations", power_iterations, 1),
+        ("seed", seed, 0),
+    ):
+        if not isinstance(value, jax.Array):  # as optax.inject_hyperparams passes it
+            check_int(name, value, least)
     if not isinstance(scale, jax.Array):
         if not isinstance(scale, numbers.Real) or isinstance(scale, bool):
             raise TypeError(f"scale must be a number greater than 0, got {scale!r}")
@@ -177,12 +171,3 @@ def _check_dtype(projector_dtype: Any) -> None:
         raise TypeError(allowed) from error
     if not is_float:
         raise ValueError(allowed)
-
-
-def _check_int(name: str, value: Any, least: int) -> None:
-    if isinstance(value, jax.Array):  # as optax.inject_hyperparams passes it
-        return
-    if not isinstance(value, numbers.Integral) or isinstance(value, bool):
-        raise TypeError(f"{name} must be an int of at least {least}, got {value!r}")
-    if value < least:
-        raise ValueError(f"{name} must be an int of at least {least}, got {value}")
