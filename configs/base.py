@@ -34,6 +34,8 @@ def get_config(arg: str = "") -> ConfigDict:
     config.tensorboard = False  # write event files to the workdir too
     config.dtype = "bfloat16"  # of activations and matrix products
     config.param_dtype = "bfloat16"  # of weights, gradients, projectors and moments
+    # Of bfloat16 weights: "nearest" loses updates below about a 256th of one, "stochastic" not.
+    config.param_rounding = "nearest"
     config.remat = False  # recompute each block in the backward pass, to save memory
 
     config.model = ConfigDict()
@@ -64,7 +66,7 @@ def get_config(arg: str = "") -> ConfigDict:
     config.schedule.final_lr_ratio = 0.1  # cosine to this part of peak_lr at train_steps
 
     config.optimizer = ConfigDict()
-    # "adafactor", or any alias of optax or optax.contrib. With method "full", norms that an alias
+    # "adamw8bit", or any alias of optax or optax.contrib. With method "full", norms that an alias
     # takes over a leaf (lamb, lars, adafactor's clipping) go over all layers: blocks are stacked.
     config.optimizer.name = "adamw"
     config.optimizer.b1 = config_dict.placeholder(float)  # None: the alias's own default
@@ -82,11 +84,13 @@ def get_config(arg: str = "") -> ConfigDict:
     config.galore.scale = 0.25  # factor on the updates of the projected matrices
     # "std": project the smaller side; "reverse_std": the larger; "full": both; "left"; "right"
     config.galore.proj_type = "std"
-    # "svd" and "eigh": exact; "subspace_iteration", "randomized"; "random": whatever the gradient
-    config.galore.basis = "svd"
+    # "svd" (the paper's) and "eigh": exact; "subspace_iteration": as good (docs/bases_sample.md) at
+    # a fraction of the time (docs/refresh.md); "randomized"; "random": whatever the gradient
+    config.galore.basis = "subspace_iteration"
     config.galore.power_iterations = 2  # rounds of subspace_iteration and randomized at a refresh
-    config.galore.transport = False  # first moments follow the basis
+    config.galore.transport = True  # first moments follow the basis; False in the paper
     config.galore.projector_dtype = config_dict.placeholder(str)  # None: param_dtype
+    config.galore.projector_bits = config_dict.placeholder(int)  # 8 or 4 for integers; None: dtype
     config.galore.target_modules = ("attn", "mlp")  # regular expressions on the weights' paths
 
     for item in filter(None, arg.split(",")):

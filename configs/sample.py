@@ -36,7 +36,7 @@ def get_config(arg: str = "") -> ConfigDict:
 
     config.schedule.peak_lr = 0.02
     config.galore.rank = 64
-    config.galore.update_proj_gap = 50
+    config.galore.update_proj_gap = 10
     config.galore.scale = 0.0625
     config.optimizer.matrix_lr_scale = 0.03125
     return config

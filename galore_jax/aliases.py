@@ -1,14 +1,16 @@
 """Optimizers with GaLore built in."""
 
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, Literal
 
 import jax
 import optax
 
+from galore_jax.adam8bit import adamw8bit
 from galore_jax.bases import Basis
 from galore_jax.matrices import Rank
 from galore_jax.projection import ProjType
+from galore_jax.quantization import BLOCK_SIZE
 from galore_jax.reference import decay_weights, scale_by_reference_adam
 from galore_jax.transform import galore
 
@@ -26,6 +28,7 @@ def galore_adamw(
     power_iterations: int = 2,
     transport: bool = False,
     projector_dtype: jax.typing.DTypeLike | None = None,
+    projector_bits: Literal[8, 4] | None = None,
     seed: int = 0,
     b1: float = 0.9,
     b2: float = 0.999,
@@ -49,7 +52,7 @@ def galore_adamw(
     Args:
       learning_rate: a float or an Optax schedule.
       rank, update_proj_gap, scale, proj_type, target_modules, weight_dimension_numbers, basis,
-        power_iterations, transport, projector_dtype, seed: see :func:`galore`.
+        power_iterations, transport, projector_dtype, projector_bits, seed: see :func:`galore`.
       b1, b2, eps, weight_decay, mask: see ``optax.adamw``.
       galore_torch_order: whether ``eps`` and the decay go where ``galore_torch`` has them.
 
@@ -86,11 +89,84 @@ def galore_adamw(
         power_iterations=power_iterations,
         transport=transport,
         projector_dtype=projector_dtype,
+        projector_bits=projector_bits,
         seed=seed,
     )
     if galore_torch_order and (isinstance(weight_decay, jax.Array) or weight_decay):
         return optax.chain(tx, decay_weights(learning_rate, weight_decay, mask, after_update=True))
     return tx
+
+
+def galore_adamw8bit(
+    learning_rate: optax.ScalarOrSchedule,
+    rank: Rank = 128,
+    *,
+    update_proj_gap: int = 200,
+    scale: float = 0.25,
+    proj_type: ProjType = "std",
+    target_modules: str | Sequence[str] | None = None,
+    weight_dimension_numbers: Any = None,
+    basis: Basis = "svd",
+    power_iterations: int = 2,
+    transport: bool = False,
+    projector_dtype: jax.typing.DTypeLike | None = None,
+    projector_bits: Literal[8, 4] | None = None,
+    seed: int = 0,
+    b1: float = 0.9,
+    b2: float = 0.999,
+    eps: float = 1e-8,
+    weight_decay: float = 0.0,
+    mask: Any | Callable[[optax.Params], Any] | None = None,
+    block_size: int = BLOCK_SIZE,
+    min_8bit_size: int = 4096,
+) -> optax.GradientTransformationExtraArgs:
+    """``galore(adamw8bit(...))``: 8-bit GaLore, the paper's 7B on 24 GB.
+
+    Args:
+      learning_rate: a float or an Optax schedule.
+      rank, update_proj_gap, scale, proj_type, target_modules, weight_dimension_numbers, basis,
+        power_iterations, transport, projector_dtype, projector_bits, seed: see :func:`galore`.
+      b1, b2, eps, weight_decay, mask, block_size, min_8bit_size: see
+        :func:`galore_jax.adam8bit.adamw8bit`.
+
+    Returns:
+      A gradient transformation with a :class:`galore_jax.GaLoreState`.
+
+    Raises:
+      TypeError, ValueError: see :func:`galore` and :func:`galore_jax.adam8bit.scale_by_adam8bit`.
+
+    >>> import jax.numpy as jnp
+    >>> from galore_jax import galore_adamw8bit
+    >>> tx = galore_adamw8bit(1e-2, rank=16, projector_bits=4)
+    >>> state = tx.init({"kernel": jnp.ones((64, 256))})
+    >>> state.inner_state[0].mu["kernel"].codes.shape, state.projector["kernel"].codes.dtype
+    ((16, 256), dtype(int4))
+    """
+    inner = adamw8bit(
+        learning_rate,
+        b1=b1,
+        b2=b2,
+        eps=eps,
+        weight_decay=weight_decay,
+        mask=mask,
+        block_size=block_size,
+        min_8bit_size=min_8bit_size,
+    )
+    return galore(
+        inner,
+        rank=rank,
+        update_proj_gap=update_proj_gap,
+        scale=scale,
+        proj_type=proj_type,
+        target_modules=target_modules,
+        weight_dimension_numbers=weight_dimension_numbers,
+        basis=basis,
+        power_iterations=power_iterations,
+        transport=transport,
+        projector_dtype=projector_dtype,
+        projector_bits=projector_bits,
+        seed=seed,
+    )
 
 
 def galore_adafactor(
@@ -106,6 +182,7 @@ def galore_adafactor(
     power_iterations: int = 2,
     transport: bool = False,
     projector_dtype: jax.typing.DTypeLike | None = None,
+    projector_bits: Literal[8, 4] | None = None,
     seed: int = 0,
     b1: float | None = None,
     decay_rate: float = 0.8,
@@ -126,7 +203,7 @@ def galore_adafactor(
     Args:
       learning_rate: a float or an Optax schedule.
       rank, update_proj_gap, scale, proj_type, target_modules, weight_dimension_numbers, basis,
-        power_iterations, transport, projector_dtype, seed: see :func:`galore`.
+        power_iterations, transport, projector_dtype, projector_bits, seed: see :func:`galore`.
       b1: of a momentum on the updates (the reference's ``beta1``); None has none.
       decay_rate: the second moment's at update t is ``1 - t**-decay_rate`` (the reference
         writes -0.8).
@@ -179,6 +256,7 @@ def galore_adafactor(
         power_iterations=power_iterations,
         transport=transport,
         projector_dtype=projector_dtype,
+        projector_bits=projector_bits,
         seed=seed,
     )
     if decays and galore_torch_order:

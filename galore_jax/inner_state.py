@@ -1,7 +1,8 @@
 """What in an optimizer's state lives in the coordinates of a basis: moments, copies of weights."""
 
 import dataclasses
-from collections.abc import Callable, Collection
+import itertools
+from collections.abc import Callable, Collection, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -9,6 +10,7 @@ import jax.numpy as jnp
 import optax
 
 from galore_jax.dependence import depends_on
+from galore_jax.quantization import is_quantized
 
 # As Optax names the first moments of its optimizers: linear in the gradients or the updates.
 FIRST_MOMENTS = frozenset({"mu", "trace", "ema"})
@@ -93,7 +95,8 @@ def find_first_moments(
       selected: indices of the leaves in question.
 
     Returns:
-      For each the index in the flat state, to that of its leaf in the flat params.
+      For each the index in the flat state, a quantised array counting as one, to that of its leaf
+      in the flat params.
 
     >>> import jax.numpy as jnp, optax
     >>> params = {"w": jnp.ones((2, 3))}
@@ -103,10 +106,23 @@ def find_first_moments(
     of_params = jax.tree_util.tree_leaves_with_path(params)
     indices = {of_params[index][0]: index for index in selected}
     found = {}
-    for position, (path, array) in enumerate(jax.tree_util.tree_leaves_with_path(state)):
+    nodes = jax.tree_util.tree_leaves_with_path(state, is_leaf=is_quantized)
+    for position, (path, array) in enumerate(nodes):
         for depth, key in enumerate(path):
             if isinstance(key, jax.tree_util.GetAttrKey) and key.name in FIRST_MOMENTS:
                 index = indices.get(path[depth + 1 :])
                 if index is not None and jnp.shape(array) == jnp.shape(of_params[index][1]):
                     found[position] = index
     return found
+
+
+def at_nodes(nodes: Sequence[Any], positions: Mapping[int, int]) -> dict[int, int]:
+    """Positions among all arrays as positions among nodes, of which quantised arrays are one each.
+
+    >>> import jax.numpy as jnp
+    >>> from galore_jax.quantization import quantize
+    >>> at_nodes([quantize(jnp.ones(3)), jnp.ones(3)], {2: 0})
+    {1: 0}
+    """
+    first = list(itertools.accumulate((len(jax.tree.leaves(n)) for n in nodes), initial=0))
+    return {first.index(position): leaf for position, leaf in positions.items()}

@@ -4,7 +4,7 @@ import dataclasses
 import functools
 import warnings
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -13,9 +13,19 @@ import optax
 
 from galore_jax import projection
 from galore_jax.decay import update_and_decay
-from galore_jax.inner_state import find_first_moments, find_weights
+from galore_jax.inner_state import at_nodes, find_first_moments, find_weights
 from galore_jax.matrices import Matrix
 from galore_jax.projection import Projector
+from galore_jax.quantization import (
+    BLOCK_SIZE,
+    Encoding,
+    Quantized,
+    code_dtype,
+    dequantize,
+    is_quantized,
+    quantize,
+    scales_shape,
+)
 from galore_jax.sharding import in_auto_mode, zeros_beside
 from galore_jax.stacks import per_matrix
 
@@ -29,7 +39,8 @@ class GaLoreState(NamedTuple):
 
     Attributes:
       count: number of updates so far, () int32.
-      projector: the params' tree; the basis of each projected leaf in ``projector_dtype``
+      projector: the params' tree; the basis of each projected leaf in ``projector_dtype``, or as a
+        :class:`~galore_jax.quantization.Quantized` with ``projector_bits``
         (shapes: :mod:`galore_jax.projection`), ``optax.MaskedNode()`` for the other leaves.
       inner_state: state of the wrapped optimizer, built on low-rank stand-ins for the projected
         leaves (the coordinates' shape, the leaf's dtype).
@@ -48,7 +59,8 @@ class LowRank:
       optimizer: the one that sees the projected leaves.
       find_matrices: how each leaf of a tree is projected, in the order of the leaves.
       find_basis: :func:`galore_jax.bases.find_basis`, its basis chosen.
-      update_proj_gap, scale, transport, projector_dtype, seed: see :func:`galore_jax.galore`.
+      update_proj_gap, scale, transport, projector_dtype, projector_bits, seed: see
+        :func:`galore_jax.galore`.
     """
 
     optimizer: optax.GradientTransformationExtraArgs
@@ -58,6 +70,7 @@ class LowRank:
     scale: Any
     transport: bool
     projector_dtype: jax.typing.DTypeLike | None
+    projector_bits: Literal[8, 4] | None
     seed: Any
 
     def init(self, params: optax.Params) -> GaLoreState:
@@ -68,7 +81,7 @@ class LowRank:
         matrices = self._matrices(params)
         for i, matrix in matrices.items():
             dtype = self.projector_dtype or leaves[i].dtype
-            projectors[i] = _empty_projector(leaves[i], matrix, dtype)
+            projectors[i] = _empty_projector(leaves[i], matrix, dtype, self.projector_bits)
             stand_ins[i] = zeros_beside(leaves[i], matrix.axes, matrix.low_shape, leaves[i].dtype)
         low_params = treedef.unflatten(stand_ins)
         optimizer = self._of_each_matrix(matrices)
@@ -118,7 +131,7 @@ class LowRank:
         gradients = _as_matrices(leaves, matrices)
         weights = {} if of_params is None else _as_matrices(of_params, matrices)
         stored = treedef.flatten_up_to(state.projector)
-        projectors = _checked(stored, matrices)
+        kept = _checked(stored, matrices)
         shapes = treedef.unflatten(
             _replaced(
                 leaves,
@@ -138,9 +151,9 @@ class LowRank:
         moments = {}
         if self.transport:
             moments = find_first_moments(state.inner_state, shapes, matrices)
-        projectors, inner_state = self._refreshed_if(
+        kept, inner_state = self._refreshed_if(
             state.count % self.update_proj_gap == 0 if refresh is None else refresh,
-            projectors,
+            kept,
             state,
             gradients,
             {i: (w / unit).astype(w.dtype) for i, w in weights.items()} if held else {},
@@ -148,6 +161,7 @@ class LowRank:
             held.copies,
             moments,
         )
+        projectors = {i: _loaded(projector) for i, projector in kept.items()}
 
         low_updates = treedef.unflatten(_replaced(leaves, _low(gradients, projectors, matrices)))
         low_weights: Leaves = {}
@@ -184,7 +198,7 @@ class LowRank:
             full[i] = matrix.from_matrix(back.astype(low[i].dtype))
         new_state = GaLoreState(
             optax.safe_increment(state.count),
-            treedef.unflatten(_replaced(stored, projectors)),
+            treedef.unflatten(_replaced(stored, kept)),
             inner_state,
         )
         return treedef.unflatten(_replaced(low, full)), new_state
@@ -210,23 +224,27 @@ class LowRank:
         moments: Mapping[int, int],
     ) -> tuple[Projectors, optax.OptState]:
         """New bases if ``refresh``, and what of the optimizer's state follows them."""
-        arrays, treedef = jax.tree.flatten(state.inner_state)
-        followers = {position: arrays[position] for position in (*copies, *moments)}
+        nodes, treedef = jax.tree.flatten(state.inner_state, is_leaf=is_quantized)
+        copies = at_nodes(nodes, copies)
+        followers = {position: nodes[position] for position in (*copies, *moments)}
 
         def refreshed(
-            operands: tuple[Projectors, Leaves],
-        ) -> tuple[Projectors, Leaves]:
-            old, followers = operands
+            operands: tuple[Projectors, Mapping[int, Any]],
+        ) -> tuple[Projectors, Mapping[int, Any]]:
+            stored, followers = operands
+            old = {i: _loaded(projector) for i, projector in stored.items()}
             key = jax.random.fold_in(jax.random.key(self.seed), state.count)
-            new, finite = {}, {}
+            kept, new, finite = {}, {}, {}
             for i, matrix in matrices.items():
                 is_finite = jnp.isfinite(gradients[i]).all(axis=(-2, -1), keepdims=True)
                 clean = jnp.where(is_finite, gradients[i], 0)
                 basis = self.find_basis(clean, matrix.rank, matrix.side, old=old[i], key=key)
                 keep = functools.partial(_where, is_finite)
-                new[i], finite[i] = jax.tree.map(keep, basis, old[i]), is_finite
+                kept[i] = jax.tree.map(keep, _stored_as(stored[i], basis), stored[i])
+                new[i], finite[i] = _loaded(kept[i]), is_finite
             moved = {}
-            for position, array in followers.items():
+            for position, follower in followers.items():
+                array = _loaded(follower)
                 i = copies[position] if position in copies else moments[position]
                 side = matrices[i].side
                 if position in copies:
@@ -235,8 +253,11 @@ class LowRank:
                     there = after + projection.transport(array - before, old[i], new[i], side)
                 else:
                     there = projection.transport(array, old[i], new[i], side)
-                moved[position] = _where(finite[i], there, array)
-            return new, moved
+                there = _stored_as(follower, there)
+                moved[position] = jax.tree.map(
+                    functools.partial(_where, finite[i]), there, follower
+                )
+            return kept, moved
 
         operands = projectors, followers
         if isinstance(refresh, bool | np.bool_):
@@ -245,14 +266,22 @@ class LowRank:
             projectors, followers = jax.lax.cond(refresh, refreshed, lambda same: same, operands)
         else:
             raise TypeError(f"refresh must be a bool, a () bool array or None, got {refresh!r}")
-        return projectors, treedef.unflatten(_replaced(arrays, followers))
+        return projectors, treedef.unflatten(_replaced(nodes, followers))
 
 
-def _empty_projector(leaf: Any, matrix: Matrix, dtype: jax.typing.DTypeLike) -> Projector:
+def _empty_projector(
+    leaf: Any, matrix: Matrix, dtype: jax.typing.DTypeLike, bits: Literal[8, 4] | None
+) -> Projector:
     *batch, row, column = matrix.axes
 
-    def zeros(shape: jax.ShapeDtypeStruct, *sides: int | None) -> jax.Array:
-        return zeros_beside(leaf, (*batch, *sides), shape.shape, dtype)
+    def zeros(shape: jax.ShapeDtypeStruct, *sides: int | None) -> Any:
+        axes = (*batch, *sides)
+        if bits is None:
+            return zeros_beside(leaf, axes, shape.shape, dtype)
+        encoding: Encoding = "int8" if bits == 8 else "int4"
+        codes = zeros_beside(leaf, axes, shape.shape, code_dtype(encoding))
+        scales = zeros_beside(leaf, axes, scales_shape(shape.shape), "float32")
+        return Quantized(codes, scales, encoding, BLOCK_SIZE)
 
     shape = _projector_shape(matrix)
     if isinstance(shape, projection.TwoSided):
@@ -264,6 +293,24 @@ def _projector_shape(matrix: Matrix) -> Any:
     return jax.eval_shape(
         lambda: projection.empty_projector(matrix.matrix_shape, matrix.rank, matrix.side, "float32")
     )
+
+
+def _loaded(stored: Any) -> Any:
+    """A projector or a moment as arrays."""
+    return jax.tree.map(
+        lambda x: dequantize(x) if is_quantized(x) else x, stored, is_leaf=is_quantized
+    )
+
+
+def _stored_as(old: Any, new: Any) -> Any:
+    """A projector or a moment, quantised where the one that it replaces is."""
+
+    def like(old: Any, new: Any) -> Any:
+        if not is_quantized(old):
+            return new
+        return quantize(new, old.encoding, block_size=old.block_size)
+
+    return jax.tree.map(like, old, new, is_leaf=is_quantized)
 
 
 def _where(condition: jax.Array, new: jax.Array, old: jax.Array) -> jax.Array:
@@ -300,10 +347,11 @@ def _checked(stored: Sequence[Any], matrices: Mapping[int, Matrix]) -> Projector
         expected = optax.MaskedNode()
         if i in matrices:
             expected = _projector_shape(matrices[i])
-        if jax.tree.map(jnp.shape, projector) != jax.tree.map(jnp.shape, expected):
+        shapes = jax.tree.map(jnp.shape, projector, is_leaf=is_quantized)
+        if shapes != jax.tree.map(jnp.shape, expected):
             raise ValueError(
                 "the state was made with another rank, proj_type or choice of leaves: its "
-                f"projector is {jax.tree.map(jnp.shape, projector)} where these settings have "
+                f"projector is {shapes} where these settings have "
                 f"{jax.tree.map(jnp.shape, expected)}"
             )
     return {i: stored[i] for i in matrices}

@@ -4,6 +4,7 @@ import dataclasses
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import optax
 
 from galore_jax.inner_state import FIRST_MOMENTS
@@ -20,7 +21,13 @@ def tree_bytes(tree: Any) -> int:
     >>> tree_bytes({"a": jnp.zeros((3, 4)), "b": jnp.zeros(5, jnp.bfloat16)})
     58
     """
-    return sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(tree))
+    return sum(_array_bytes(leaf) for leaf in jax.tree.leaves(tree))
+
+
+def _array_bytes(array: Any) -> int:
+    if jnp.issubdtype(array.dtype, jnp.integer):
+        return -(-array.size * jnp.iinfo(array.dtype).bits // 8)  # two int4 share a byte
+    return array.size * array.dtype.itemsize
 
 
 @dataclasses.dataclass(frozen=True)

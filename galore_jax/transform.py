@@ -5,7 +5,7 @@ import functools
 import math
 import numbers
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
@@ -32,6 +32,7 @@ def galore(
     power_iterations: int = 2,
     transport: bool = False,
     projector_dtype: jax.typing.DTypeLike | None = None,
+    projector_bits: Literal[8, 4] | None = None,
     seed: int = 0,
 ) -> optax.GradientTransformationExtraArgs:
     r"""Trains whole matrices while the optimizer sees, and keeps, only low-rank projections.
@@ -72,6 +73,8 @@ def galore(
       transport: whether first moments (arrays named ``mu``, ``trace`` or ``ema``) follow the basis
         at a refresh: ``M <- (P_new^T P_old) M``. Warns where there are none.
       projector_dtype: dtype of the stored bases; None takes each leaf's.
+      projector_bits: 8 or 4 to store them as block-wise integers instead, with a float32 scale for
+        every 256 values, see :mod:`galore_jax.quantization`; products with them are in float32.
       seed: of the bases' random parts.
 
     Returns:
@@ -106,6 +109,14 @@ def galore(
     )
     if projector_dtype is not None:
         _check_dtype(projector_dtype)
+    if projector_bits is not None:
+        if projector_bits not in (8, 4) or isinstance(projector_bits, bool | float):
+            raise ValueError(f"projector_bits must be 8, 4 or None, got {projector_bits!r}")
+        if projector_dtype is not None:
+            raise ValueError(
+                f"projector_bits={projector_bits} and projector_dtype={projector_dtype} exclude "
+                "each other: give one"
+            )
     if target_modules is not None:
         compiled_patterns(target_modules)
 
@@ -127,6 +138,7 @@ def galore(
             scale=scale,
             transport=transport,
             projector_dtype=projector_dtype,
+            projector_bits=projector_bits,
             seed=seed,
         )
         return optax.GradientTransformationExtraArgs(low_rank.init, low_rank.update)

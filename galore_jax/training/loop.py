@@ -112,7 +112,9 @@ class _Run:
             return {"tokens": shape, "targets": shape}  # pyright: ignore[reportReturnType]
 
         schedule = settings.learning_rate(config)
-        step = steps.make_train_step(model, tx, schedule, micro_batches=parts)
+        step = steps.make_train_step(
+            model, tx, schedule, micro_batches=parts, rounding=config.param_rounding
+        )
         lowered = jax.jit(step, donate_argnums=0).lower(abstract_state, batch(config.batch_size))
         self.train_step = lowered.compile()
         self.eval_step = (

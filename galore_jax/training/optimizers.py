@@ -9,6 +9,7 @@ import jax
 import optax
 import optax.contrib
 
+from galore_jax.adam8bit import adamw8bit
 from galore_jax.errors import UserError
 from galore_jax.selection import is_projected
 from galore_jax.training.settings import Config, learning_rate
@@ -53,6 +54,7 @@ def make_optimizer(config: Config) -> optax.GradientTransformationExtraArgs:
             power_iterations=low_rank.power_iterations,
             transport=low_rank.transport,
             projector_dtype=low_rank.projector_dtype,
+            projector_bits=low_rank.projector_bits,
         )
     elif settings.matrix_lr_scale != 1.0:
         targets = tuple(low_rank.target_modules)
@@ -103,7 +105,7 @@ def _muon_matrices(config: Config) -> Callable[[optax.Params], Any]:
 
 def aliases() -> dict[str, Callable[..., optax.GradientTransformation]]:
     """The aliases that ``optimizer.name`` may be: those that need a learning rate and no more."""
-    return {
+    of_optax = {
         name: make
         for module in (optax.contrib, optax)
         for name, make in inspect.getmembers(module, inspect.isfunction)
@@ -111,6 +113,7 @@ def aliases() -> dict[str, Callable[..., optax.GradientTransformation]]:
         and not name.startswith(("_", "scale_by_"))
         and name not in _EXCLUDED
     }
+    return {**of_optax, "adamw8bit": adamw8bit}
 
 
 def _find(name: str) -> Callable[..., optax.GradientTransformation]:

@@ -14,6 +14,7 @@ from galore_jax.data.batches import DataConfig, TextData
 from galore_jax.errors import UserError
 from galore_jax.models.llama import LlamaConfig, count_params
 from galore_jax.projection import PROJ_TYPES
+from galore_jax.rounding import ROUNDINGS
 
 Config = Any  # an ml_collections.ConfigDict with the keys of configs/base.py
 
@@ -50,6 +51,8 @@ _CHOICES = {
     "data.name": ("c4", "sample"),
     "galore.proj_type": PROJ_TYPES,
     "galore.basis": BASES,
+    "galore.projector_bits": (None, 8, 4),
+    "param_rounding": ROUNDINGS,
 }
 
 
@@ -82,8 +85,10 @@ def check_config(config: Config) -> None:
             refuse(key, "greater than 0")
     for key, choices in _CHOICES.items():
         if (value := _get(config, key)) not in choices:
-            near = difflib.get_close_matches(str(value), choices, n=1)
-            refuse(key, " or ".join(choices) + (f"; did you mean {near[0]}?" if near else ""))
+            near = difflib.get_close_matches(str(value), map(str, choices), n=1)
+            refuse(
+                key, " or ".join(map(str, choices)) + (f"; did you mean {near[0]}?" if near else "")
+            )
     if config.batch_size % config.micro_batch_size:
         refuse("batch_size", f"a multiple of config.micro_batch_size={config.micro_batch_size}")
     if not 0 <= config.schedule.final_lr_ratio <= 1:

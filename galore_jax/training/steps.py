@@ -11,6 +11,7 @@ import optax
 from galore_jax.memory import tree_bytes
 from galore_jax.models import llama
 from galore_jax.models.llama import LlamaConfig
+from galore_jax.rounding import Rounding, apply_updates
 
 Batch = dict[str, jax.Array]  # "tokens" and "targets", (sequences, seq_len) int32, targets shifted.
 
@@ -47,11 +48,13 @@ def make_train_step(
     schedule: optax.Schedule,
     *,
     micro_batches: int,
+    rounding: Rounding = "nearest",
 ) -> Callable[[TrainState, Batch], tuple[TrainState, dict[str, jax.Array]]]:
     """One update: the mean loss over the targets of the whole batch, its gradient, the optimizer.
 
     The batch is cut into ``micro_batches`` equal parts, whose gradients add up in float32. Each
-    target counts alike, whichever part it is in.
+    target counts alike, whichever part it is in. ``rounding`` is that of bfloat16 weights, see
+    :func:`galore_jax.rounding.apply_updates`.
 
     Returns:
       A pure function of (state, batch) giving the new state and, all () float32 but ``tokens``:
@@ -82,7 +85,7 @@ def make_train_step(
             "grad_norm": optax.tree.norm(jax.tree.map(lambda g: g.astype(jnp.float32), grads)),
             "tokens": tokens,
         }
-        params = optax.apply_updates(state.params, updates)
+        params = apply_updates(state.params, updates, state.step, rounding)
         return TrainState(state.step + 1, params, opt_state), metrics
 
     return train_step
