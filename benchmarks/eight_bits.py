@@ -15,7 +15,7 @@ from typing import NamedTuple
 
 from runs import final_eval_loss, train
 
-BF16 = {"param_dtype": "bfloat16"}
+BF16: dict[str, object] = {"param_dtype": "bfloat16"}
 
 
 class Variant(NamedTuple):

@@ -153,8 +153,8 @@ def adamw8bit(
     )
 
 
-def _debias(b: float | jax.Array, count: jax.Array) -> jax.Array:
-    return 1 - jnp.asarray(b, jnp.float32) ** count
+def _debias(b: float | jax.Array, count: jax.typing.ArrayLike) -> jax.Array:
+    return 1 - jnp.power(jnp.float32(b), count)
 
 
 def _decoded(moment: Any) -> jax.Array:

@@ -263,7 +263,7 @@ def _out_of_blocks(blocks: jax.Array, shape: tuple[int, ...]) -> jax.Array:
     *stack, a, rows, b, columns = blocks.shape
     matrix = blocks.reshape(*stack, a * rows, b * columns)
     m = shape[-2] if len(shape) > 1 else 1
-    return matrix[..., :m, : shape[-1]].reshape(shape)
+    return matrix[..., :m, : shape[len(shape) - 1]].reshape(shape)
 
 
 def _dynamic_step(share: jax.Array, top: int, up: jax.typing.ArrayLike) -> jax.Array:
