@@ -11,7 +11,7 @@ import optax
 from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
 
-from galore_jax import galore
+from galore_jax import adamw8bit, galore
 
 SHAPES = {"tall": (32, 16), "wide": (16, 32), "square": (16, 16), "stack": (4, 16, 32)}
 # FSDP over "data" on the axis that is projected away or on the other one, tensor-parallel over
@@ -44,13 +44,15 @@ def spec(array, ndim):
     return [*of, *(None,) * (ndim - len(of))]
 
 
-def train(basis, names, mesh, *, jitted_init=False):
+def train(basis, names, mesh, *, jitted_init=False, bits=None):
     # eps keeps Adam from amplifying rounding where a coordinate of the gradient is close to zero.
+    adam8bit = adamw8bit(0.1, eps=1e-2, weight_decay=0.0, block_size=8, min_8bit_size=0)
     tx = galore(
-        optax.adam(0.1, eps=1e-2),
+        optax.adam(0.1, eps=1e-2) if bits is None else adam8bit,
         rank=RANK,
         update_proj_gap=2,
         basis=basis,
+        projector_bits=bits,
         target_modules=("tall", "wide", "square", "stack"),
     )
     put = lambda host: host  # noqa: E731
@@ -70,20 +72,24 @@ def train(basis, names, mesh, *, jitted_init=False):
 def layout(state, updates):
     adam, found = state.inner_state[0], {}
     for name in updates:
-        arrays = {"mu": adam.mu[name], "nu": adam.nu[name], "updates": updates[name]}
+        codes = lambda x: getattr(x, "codes", x)  # noqa: E731
+        moments = {"mu": codes(adam.mu[name]), "nu": codes(adam.nu[name])}
+        arrays = {**moments, "updates": updates[name]}
         if name != "bias":
-            arrays["projector"] = state.projector[name]
+            arrays["projector"] = codes(state.projector[name])
         found[name] = {key: spec(x, x.ndim) for key, x in arrays.items()}
     return found
 
 
-def compare(basis, names, mesh, jitted_init):
-    alone, *_ = train(basis, names, None)
+def compare(basis, names, mesh, jitted_init, bits=None):
+    alone, *_ = train(basis, names, None, bits=bits)
     # jax.jit of a function that does not use its params, as an init, needs this on explicit meshes.
     explicit = AxisType.Explicit in mesh.axis_types
     try:
         with jax.set_mesh(mesh) if explicit else contextlib.nullcontext():
-            seen, first, last, updates = train(basis, names, mesh, jitted_init=jitted_init)
+            seen, first, last, updates = train(
+                basis, names, mesh, jitted_init=jitted_init, bits=bits
+            )
         gaps = jax.tree.map(lambda a, b: float(np.abs(a - b).max()), alone, seen)
         return {
             "gap": max(jax.tree.leaves(gaps)),
@@ -103,6 +109,7 @@ def main():
         name = kind.name.lower()
         results[f"{name}/svd/eager"] = compare("svd", tuple(PLACEMENTS), mesh, False)
         results[f"{name}/svd/jitted"] = compare("svd", FEW, mesh, True)
+        results[f"{name}/svd/8 bits"] = compare("svd", FEW, mesh, False, 8)
         if kind == AxisType.Auto:
             for basis in ("eigh", "subspace_iteration", "randomized", "random"):
                 results[f"{name}/{basis}/eager"] = compare(basis, FEW, mesh, False)

@@ -93,3 +93,12 @@ def test_explicit_meshes_which_are_the_default_of_make_mesh(seen, init):
     assert found["gap"] < 2e-5
     assert not unsharded(found["first"], ["mu", "nu", "projector"])
     assert not unsharded(found["last"], ["mu", "nu", "projector", "updates"])
+
+
+@pytest.mark.parametrize("mesh", ["auto", "explicit"])
+def test_8_bit_codes_are_sharded_as_the_moments_they_stand_for(seen, mesh):
+    # A gradient that differs by 1e-7 may round to the next code, one part in about 64 of a moment.
+    found = outcome(seen, f"{mesh}/svd/8 bits")
+    assert found["gap"] < 0.02 * found["largest"]
+    assert not unsharded(found["first"], ["mu", "nu", "projector"])
+    assert not unsharded(found["last"], ["mu", "nu", "projector", "updates"])
