@@ -13,6 +13,7 @@ import importlib.metadata
 import os
 import statistics
 import time
+from typing import Any
 
 os.environ.setdefault("XLA_FLAGS", "--xla_gpu_autotune_level=0 --xla_gpu_enable_triton_gemm=false")
 
@@ -54,7 +55,7 @@ device_description_str: "NVIDIA GeForce RTX 4090"
 """
 
 
-def target(name: str) -> tuple[str, jax.Device]:
+def target(name: str) -> tuple[str, Any]:
     """A device's label and the device."""
     if name == "here":
         return jax.devices()[0].device_kind, jax.devices()[0]
@@ -67,7 +68,7 @@ def target(name: str) -> tuple[str, jax.Device]:
     return "RTX 4090", topology.devices[0]
 
 
-def compile_update(tx: optax.GradientTransformation, params, device: jax.Device):
+def compile_update(tx: optax.GradientTransformation, params, device: Any):
     """The update of gradients, with the state donated."""
     state = jax.eval_shape(tx.init, params)
     place = SingleDeviceSharding(device)

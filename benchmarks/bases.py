@@ -1,6 +1,6 @@
 """Trains with each basis, with and without transport, from several seeds, and writes a table.
 
-  python benchmarks/bases.py --out=docs/bases_sample.md
+  python benchmarks/bases.py --out=docs/bases_sample.md     (some three hours on two cores)
 
 Each run is ``train.py`` with overrides in a folder of its own under ``--workdir``: what is complete
 is not run again.

@@ -32,17 +32,24 @@ def _array_bytes(array: Any) -> int:
 
 @dataclasses.dataclass(frozen=True)
 class StateBytes:
-    """Bytes of an optimizer's state by what they hold."""
+    """Bytes of an optimizer's state by what they hold.
+
+    Attributes:
+      projectors, first_moments, second_moments: of arrays, or of the codes of quantised ones.
+      scales: of all quantised arrays.
+      other: step counts and all else.
+    """
 
     projectors: int = 0
     first_moments: int = 0
     second_moments: int = 0
+    scales: int = 0
     other: int = 0
 
     @property
     def total(self) -> int:
         """Bytes of the whole state."""
-        return self.projectors + self.first_moments + self.second_moments + self.other
+        return sum(dataclasses.astuple(self))
 
 
 def count_state(opt_state: optax.OptState) -> StateBytes:
@@ -56,7 +63,7 @@ def count_state(opt_state: optax.OptState) -> StateBytes:
     >>> from galore_jax import galore
     >>> tx = galore(optax.adamw(1e-3), rank=8)
     >>> count_state(jax.eval_shape(tx.init, {"kernel": jnp.ones((64, 256))}))
-    StateBytes(projectors=2048, first_moments=8192, second_moments=8192, other=8)
+    StateBytes(projectors=2048, first_moments=8192, second_moments=8192, scales=0, other=8)
     """
     counted = dict.fromkeys((field.name for field in dataclasses.fields(StateBytes)), 0)
     for key_path, leaf in jax.tree_util.tree_leaves_with_path(opt_state):
@@ -65,7 +72,16 @@ def count_state(opt_state: optax.OptState) -> StateBytes:
     return StateBytes(**counted)
 
 
+def _kinds_in_codes(opt_state: optax.OptState) -> set[str]:
+    """Which kinds of state have quantised arrays."""
+    paths = (path for path, _ in jax.tree_util.tree_leaves_with_path(opt_state))
+    fields = ([k.name for k in p if isinstance(k, jax.tree_util.GetAttrKey)] for p in paths)
+    return {_kind(names) for names in fields if names and names[-1] == "codes"}
+
+
 def _kind(fields: list[str]) -> str:
+    if fields and fields[-1] == "scales":
+        return "scales"
     for field in reversed(fields):
         if field == "projector":
             return "projectors"
@@ -144,12 +160,16 @@ def memory_table(
         ("projectors", ours.projectors, adamw.projectors),
         ("first moments", ours.first_moments, adamw.first_moments),
         ("second moments", ours.second_moments, adamw.second_moments),
+        ("quantisation scales", ours.scales, adamw.scales),
         ("other state", ours.other, adamw.other),
         ("optimizer state", ours.total, adamw.total),
         ("total", weights + gradient_bytes + ours.total, weights + gradient_bytes + adamw.total),
     ]
+    in_codes = _kinds_in_codes(opt_state)
     lines = [f"{'memory, counted (MiB)':<24}{'this run':>12}{'full AdamW':>12}"]
     for name, here, there in rows:
+        if name.replace(" ", "_") in in_codes:
+            name = f"{name}, codes"
         if name in ("optimizer state", "total"):
             name = f"= {name}"
         lines.append(f"{name:<24}{here / 2**20:>12,.2f}{there / 2**20:>12,.2f}")

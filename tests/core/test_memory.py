@@ -5,7 +5,7 @@ import jax.numpy as jnp
 import optax
 import pytest
 
-from galore_jax import galore
+from galore_jax import adamw8bit, galore
 from galore_jax.memory import StateBytes, compiled_plan, count_state, memory_table, tree_bytes
 
 PARAMS = {"kernel": jnp.zeros((3, 16, 64), jnp.bfloat16), "bias": jnp.zeros((64,), jnp.bfloat16)}
@@ -68,3 +68,18 @@ def test_table_adds_up():
 
 def test_nothing_to_count():
     assert count_state(optax.EmptyState()) == StateBytes()
+
+
+def test_codes_and_scales_are_rows_of_the_table():
+    tx = galore(adamw8bit(1.0, min_8bit_size=0), rank=4, target_modules="kernel", projector_bits=4)
+    state = tx.init(PARAMS)
+    counted = count_state(state)
+    # Moments: 3 x (4, 64) and 64 values, a block each. Bases: 3 x (16, 4) values, two to a byte.
+    assert counted.first_moments == counted.second_moments == 3 * 4 * 64 + 64
+    assert counted.projectors == 3 * 16 * 4 // 2
+    assert counted.scales == 4 * (2 * (3 + 1) + 3)
+    table = memory_table(PARAMS, state, gradient_bytes=0, plan=None)
+    for row in ("projectors, codes", "first moments, codes", "quantisation scales"):
+        assert f"\n{row} " in table
+    compiled = jax.jit(lambda s: s, donate_argnums=0).lower(state).compile()
+    assert compiled_plan(compiled, "cpu").arguments == tree_bytes(state)

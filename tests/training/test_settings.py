@@ -63,6 +63,17 @@ def test_state_bytes_of_the_papers_models(name, params, galore):
         assert counted.total - counted.other == expected
 
 
+def test_8_bit_state_of_the_7b_model_is_the_published_size():
+    # 5380.51 MiB, scales left out: moments of one byte, small leaves' float32 ones too, bases in
+    # bfloat16. Scales are four bytes for every 256 values.
+    config = importlib.import_module("configs.llama_7b").get_config("optimizer=adamw8bit")
+    _, _, state = abstract(config)
+    counted = count_state(state.opt_state)
+    moments = counted.first_moments + counted.second_moments
+    assert round((moments + counted.projectors) / 2**20, 2) == 5380.51
+    assert counted.scales == pytest.approx(moments / 64, rel=1e-3)
+
+
 @pytest.mark.parametrize(
     ("key", "value", "message"),
     [
@@ -70,6 +81,8 @@ def test_state_bytes_of_the_papers_models(name, params, galore):
         ("galore.update_proj_gap", 0, r"config\.galore\.update_proj_gap=0 must be at least 1"),
         ("galore.proj_type", "sdt", "must be std or .* did you mean std"),
         ("galore.scale", 0.0, "must be greater than 0"),
+        ("galore.projector_bits", 2, "must be None or 8 or 4"),
+        ("param_rounding", "stochastc", "must be nearest or stochastic; did you mean stochastic"),
         ("method", "ful", "must be galore or full; did you mean full"),
         ("batch_size", 3, r"config\.batch_size=3 must be a multiple of .*micro_batch_size=2"),
         ("train_steps", 0, "must be at least 1"),
