@@ -1,5 +1,6 @@
 """Whole runs on the sample: what they write, resume, refuse and survive."""
 
+import contextlib
 import json
 import os
 import re
@@ -114,7 +115,8 @@ def run_process(workdir, **overrides):
 
 def wait_for_step(process, workdir, step):
     while process.poll() is None:
-        if (workdir / "metrics.jsonl").exists():
+        # A run that starts over, killed before its first checkpoint, removes the file of the last.
+        with contextlib.suppress(FileNotFoundError):
             lines = read_metrics(workdir)
             if lines and lines[-1]["step"] >= step:
                 return
