@@ -21,9 +21,9 @@ from galore_jax.quantization import (
     Encoding,
     Quantized,
     code_dtype,
-    dequantize,
+    dequantize_tree,
     is_quantized,
-    quantize,
+    quantize_like,
     scales_shape,
 )
 from galore_jax.sharding import in_auto_mode, zeros_beside
@@ -161,7 +161,7 @@ class LowRank:
             held.copies,
             moments,
         )
-        projectors = {i: _loaded(projector) for i, projector in kept.items()}
+        projectors = {i: dequantize_tree(projector) for i, projector in kept.items()}
 
         low_updates = treedef.unflatten(_replaced(leaves, _low(gradients, projectors, matrices)))
         low_weights: Leaves = {}
@@ -232,7 +232,7 @@ class LowRank:
             operands: tuple[Projectors, Mapping[int, Any]],
         ) -> tuple[Projectors, Mapping[int, Any]]:
             stored, followers = operands
-            old = {i: _loaded(projector) for i, projector in stored.items()}
+            old = {i: dequantize_tree(projector) for i, projector in stored.items()}
             key = jax.random.fold_in(jax.random.key(self.seed), state.count)
             kept, new, finite = {}, {}, {}
             for i, matrix in matrices.items():
@@ -240,11 +240,11 @@ class LowRank:
                 clean = jnp.where(is_finite, gradients[i], 0)
                 basis = self.find_basis(clean, matrix.rank, matrix.side, old=old[i], key=key)
                 keep = functools.partial(_where, is_finite)
-                kept[i] = jax.tree.map(keep, _stored_as(stored[i], basis), stored[i])
-                new[i], finite[i] = _loaded(kept[i]), is_finite
+                kept[i] = jax.tree.map(keep, quantize_like(stored[i], basis), stored[i])
+                new[i], finite[i] = dequantize_tree(kept[i]), is_finite
             moved = {}
             for position, follower in followers.items():
-                array = _loaded(follower)
+                array = dequantize_tree(follower)
                 i = copies[position] if position in copies else moments[position]
                 side = matrices[i].side
                 if position in copies:
@@ -253,7 +253,7 @@ class LowRank:
                     there = after + projection.transport(array - before, old[i], new[i], side)
                 else:
                     there = projection.transport(array, old[i], new[i], side)
-                there = _stored_as(follower, there)
+                there = quantize_like(follower, there)
                 moved[position] = jax.tree.map(
                     functools.partial(_where, finite[i]), there, follower
                 )
@@ -293,24 +293,6 @@ def _projector_shape(matrix: Matrix) -> Any:
     return jax.eval_shape(
         lambda: projection.empty_projector(matrix.matrix_shape, matrix.rank, matrix.side, "float32")
     )
-
-
-def _loaded(stored: Any) -> Any:
-    """A projector or a moment as arrays."""
-    return jax.tree.map(
-        lambda x: dequantize(x) if is_quantized(x) else x, stored, is_leaf=is_quantized
-    )
-
-
-def _stored_as(old: Any, new: Any) -> Any:
-    """A projector or a moment, quantised where the one that it replaces is."""
-
-    def like(old: Any, new: Any) -> Any:
-        if not is_quantized(old):
-            return new
-        return quantize(new, old.encoding, block_size=old.block_size)
-
-    return jax.tree.map(like, old, new, is_leaf=is_quantized)
 
 
 def _where(condition: jax.Array, new: jax.Array, old: jax.Array) -> jax.Array:

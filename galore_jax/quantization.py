@@ -209,6 +209,34 @@ def dequantize(quantized: Quantized) -> jax.Array:
     return _out_of_blocks(values, shape)
 
 
+def dequantize_tree(tree: Any) -> Any:
+    """The tree with float32 arrays for the quantised ones; the others are as they were.
+
+    >>> import jax.numpy as jnp
+    >>> dequantize_tree([quantize(jnp.ones(2), "int8"), 3])
+    [Array([1., 1.], dtype=float32), 3]
+    """
+    return jax.tree.map(
+        lambda x: dequantize(x) if is_quantized(x) else x, tree, is_leaf=is_quantized
+    )
+
+
+def quantize_like(old: Any, new: Any) -> Any:
+    """A tree of arrays, quantised (to nearest) where that of the same structure before it is.
+
+    >>> import jax.numpy as jnp
+    >>> quantize_like(quantize(jnp.ones(2), "int8"), jnp.ones(2)).codes.tolist()
+    [127, 127]
+    """
+
+    def like(old: Any, new: Any) -> Any:
+        if not is_quantized(old):
+            return new
+        return quantize(new, old.encoding, block_size=old.block_size)
+
+    return jax.tree.map(like, old, new, is_leaf=is_quantized)
+
+
 def dithering(shape: tuple[int, ...], count: jax.typing.ArrayLike) -> jax.Array:
     """Noise for :func:`quantize` that sweeps [0, 1) evenly in time: a golden-ratio sequence.
 
