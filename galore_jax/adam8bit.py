@@ -12,11 +12,10 @@ from galore_jax.quantization import (
     Encoding,
     Quantized,
     check_block_size,
-    code_dtype,
     dequantize,
     dithering,
     quantize,
-    scales_shape,
+    quantized_zeros,
 )
 from galore_jax.sharding import zeros_beside
 
@@ -72,9 +71,7 @@ def scale_by_adam8bit(
             axes, shape = range(jnp.ndim(leaf)), jnp.shape(leaf)
             if jnp.ndim(leaf) == 0 or jnp.size(leaf) < max(min_8bit_size, 1):
                 return zeros_beside(leaf, axes, shape, jnp.float32)
-            codes = zeros_beside(leaf, axes, shape, code_dtype(encoding))
-            scales = zeros_beside(leaf, axes, scales_shape(shape, block_size), jnp.float32)
-            return Quantized(codes, scales, encoding, block_size)
+            return quantized_zeros(leaf, axes, shape, encoding, block_size)
 
         return jax.tree.map(of, params)
 

@@ -17,14 +17,10 @@ from galore_jax.inner_state import at_nodes, find_first_moments, find_weights
 from galore_jax.matrices import Matrix
 from galore_jax.projection import Projector
 from galore_jax.quantization import (
-    BLOCK_SIZE,
-    Encoding,
-    Quantized,
-    code_dtype,
     dequantize_tree,
     is_quantized,
     quantize_like,
-    scales_shape,
+    quantized_zeros,
 )
 from galore_jax.sharding import in_auto_mode, zeros_beside
 from galore_jax.stacks import per_matrix
@@ -278,10 +274,7 @@ def _empty_projector(
         axes = (*batch, *sides)
         if bits is None:
             return zeros_beside(leaf, axes, shape.shape, dtype)
-        encoding: Encoding = "int8" if bits == 8 else "int4"
-        codes = zeros_beside(leaf, axes, shape.shape, code_dtype(encoding))
-        scales = zeros_beside(leaf, axes, scales_shape(shape.shape), "float32")
-        return Quantized(codes, scales, encoding, BLOCK_SIZE)
+        return quantized_zeros(leaf, axes, shape.shape, "int8" if bits == 8 else "int4")
 
     shape = _projector_shape(matrix)
     if isinstance(shape, projection.TwoSided):

@@ -25,12 +25,14 @@ where its precision is wanted, and it reaches over 14 decades, not 7. Zero has t
 import dataclasses
 import functools
 import math
+from collections.abc import Sequence
 from typing import Any, Literal, get_args
 
 import jax
 import jax.numpy as jnp
 
 from galore_jax.projection import in_float32
+from galore_jax.sharding import zeros_beside
 
 Encoding = Literal["dynamic", "dynamic_unsigned", "dynamic_root", "int8", "int4"]
 ENCODINGS: tuple[Encoding, ...] = get_args(Encoding)
@@ -176,6 +178,24 @@ def quantize(
         encoding,
         block_size,
     )
+
+
+def quantized_zeros(
+    leaf: Any,
+    axes: Sequence[int | None],
+    shape: tuple[int, ...],
+    encoding: Encoding,
+    block_size: int = BLOCK_SIZE,
+) -> Quantized:
+    """Zeros, sharded as the given axes of a leaf, see :func:`galore_jax.sharding.zeros_beside`.
+
+    >>> import jax.numpy as jnp
+    >>> quantized_zeros(jnp.ones((8, 600)), (0, 1), (8, 600), "dynamic").scales.shape
+    (8, 3)
+    """
+    codes = zeros_beside(leaf, axes, shape, code_dtype(encoding))
+    scales = zeros_beside(leaf, axes, scales_shape(shape, block_size), jnp.float32)
+    return Quantized(codes, scales, encoding, block_size)
 
 
 def dequantize(quantized: Quantized) -> jax.Array:
