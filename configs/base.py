@@ -36,6 +36,12 @@ def get_config(arg: str = "") -> ConfigDict:
     config.param_dtype = "bfloat16"  # of weights, gradients, projectors and moments
     # Of bfloat16 weights: "nearest" loses updates below about a 256th of one, "stochastic" not.
     config.param_rounding = "nearest"
+    # "standard": all gradients, then all updates. "layerwise": each layer's weights are updated as
+    # soon as its gradient is there, so that one layer's exists at a time (README, "Modes").
+    config.update = "standard"
+    # With GaLore: never form a full gradient between two changes of basis. None: True where it can
+    # be, that is without optimizer.clip_norm, which is of the full gradient.
+    config.projected_gradients = config_dict.placeholder(bool)
     config.remat = False  # recompute each block in the backward pass, to save memory
 
     config.model = ConfigDict()
@@ -66,8 +72,7 @@ def get_config(arg: str = "") -> ConfigDict:
     config.schedule.final_lr_ratio = 0.1  # cosine to this part of peak_lr at train_steps
 
     config.optimizer = ConfigDict()
-    # "adamw8bit", or any alias of optax or optax.contrib. With method "full", norms that an alias
-    # takes over a leaf (lamb, lars, adafactor's clipping) go over all layers: blocks are stacked.
+    # "adamw8bit", or any alias of optax or optax.contrib.
     config.optimizer.name = "adamw"
     config.optimizer.b1 = config_dict.placeholder(float)  # None: the alias's own default
     config.optimizer.b2 = config_dict.placeholder(float)  # None: the alias's own default
@@ -89,6 +94,9 @@ def get_config(arg: str = "") -> ConfigDict:
     config.galore.basis = "subspace_iteration"
     config.galore.power_iterations = 2  # rounds of subspace_iteration and randomized at a refresh
     config.galore.transport = True  # first moments follow the basis; False in the paper
+    # Where a new basis comes from, with projected gradients and several micro-batches: the full
+    # gradient of the whole "batch" (added up in float32), or of its first "micro_batch".
+    config.galore.refresh_from = "batch"
     config.galore.projector_dtype = config_dict.placeholder(str)  # None: param_dtype
     config.galore.projector_bits = config_dict.placeholder(int)  # 8 or 4 for integers; None: dtype
     config.galore.target_modules = ("attn", "mlp")  # regular expressions on the weights' paths

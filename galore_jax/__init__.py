@@ -4,6 +4,7 @@ from galore_jax.adam8bit import adamw8bit, scale_by_adam8bit
 from galore_jax.aliases import galore_adafactor, galore_adamw, galore_adamw8bit
 from galore_jax.chaining import chain
 from galore_jax.low_rank import GaLoreState
+from galore_jax.projected_grad import linear, projected_value_and_grad
 from galore_jax.transform import galore
 
 __all__ = [
@@ -14,6 +15,8 @@ __all__ = [
     "galore_adafactor",
     "galore_adamw",
     "galore_adamw8bit",
+    "linear",
+    "projected_value_and_grad",
     "scale_by_adam8bit",
 ]
 __version__ = "0.1.0"

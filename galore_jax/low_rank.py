@@ -15,7 +15,7 @@ from galore_jax import projection
 from galore_jax.decay import update_and_decay
 from galore_jax.inner_state import at_nodes, find_first_moments, find_weights
 from galore_jax.matrices import Matrix
-from galore_jax.projection import Projector
+from galore_jax.projection import Projector, is_projected_gradient
 from galore_jax.quantization import (
     dequantize_tree,
     is_quantized,
@@ -23,11 +23,12 @@ from galore_jax.quantization import (
     quantized_zeros,
 )
 from galore_jax.sharding import in_auto_mode, zeros_beside
-from galore_jax.stacks import per_matrix
+from galore_jax.stacks import layer_stacks, per_matrix
 
 # Of the leaves that are projected, by their index in the flat tree.
 Leaves = Mapping[int, jax.Array]
 Projectors = Mapping[int, Projector]
+Refresh = bool | jax.Array | Literal["only"] | None
 
 
 class GaLoreState(NamedTuple):
@@ -55,13 +56,14 @@ class LowRank:
       optimizer: the one that sees the projected leaves.
       find_matrices: how each leaf of a tree is projected, in the order of the leaves.
       find_basis: :func:`galore_jax.bases.find_basis`, its basis chosen.
-      update_proj_gap, scale, transport, projector_dtype, projector_bits, seed: see
+      stacked_modules, update_proj_gap, scale, transport, projector_dtype, projector_bits, seed: see
         :func:`galore_jax.galore`.
     """
 
     optimizer: optax.GradientTransformationExtraArgs
     find_matrices: Callable[[Any], list[Matrix | None]]
     find_basis: Callable[..., Projector]
+    stacked_modules: str | Sequence[str] | None
     update_proj_gap: Any
     scale: Any
     transport: bool
@@ -80,7 +82,7 @@ class LowRank:
             projectors[i] = _empty_projector(leaves[i], matrix, dtype, self.projector_bits)
             stand_ins[i] = zeros_beside(leaves[i], matrix.axes, matrix.low_shape, leaves[i].dtype)
         low_params = treedef.unflatten(stand_ins)
-        optimizer = self._of_each_matrix(matrices)
+        optimizer = self._of_each_matrix(params, matrices)
         find_weights(optimizer.init, low_params, matrices)
         inner_state = optimizer.init(low_params)
         moments = find_first_moments(inner_state, low_params, matrices)
@@ -98,10 +100,14 @@ class LowRank:
         state: Any,
         params: optax.Params | None = None,
         *,
-        refresh: bool | jax.Array | None = None,
+        refresh: Refresh = None,
         **extra_args: Any,
     ) -> tuple[optax.Updates, GaLoreState]:
-        """The updates in the full shapes, and the new state."""
+        """The updates in the full shapes, and the new state.
+
+        With ``refresh="only"`` the given updates, and a state of which the bases and what follows
+        them are new.
+        """
         more, treedef = jax.tree.flatten((refresh, extra_args))
         arrays = {i: x for i, x in enumerate(more) if isinstance(x, jax.Array)}
 
@@ -111,20 +117,28 @@ class LowRank:
             return self._update(updates, state, params, when, extra_args)
 
         operands = updates, state, params, arrays
-        return in_auto_mode(on_operands, operands, like=(updates, state))
+        some_projected = any(map(is_projected_gradient, _gradient_leaves(updates)))
+        in_full = params if some_projected and not _is_only(refresh) else updates
+        return in_auto_mode(on_operands, operands, like=(in_full, state))
 
     def _update(
         self,
         updates: optax.Updates,
         state: Any,
         params: optax.Params | None,
-        refresh: bool | jax.Array | None,
+        refresh: Refresh,
         extra_args: dict[str, Any],
     ) -> tuple[optax.Updates, GaLoreState]:
-        leaves, treedef = jax.tree.flatten(updates)
+        leaves, treedef = jax.tree.flatten(updates, is_leaf=is_projected_gradient)
         of_params = None if params is None else treedef.flatten_up_to(params)
-        matrices = self._matrices(updates)
-        gradients = _as_matrices(leaves, matrices)
+        matrices = self._matrices(treedef.unflatten([_shape_of(leaf) for leaf in leaves]))
+        projected = _coordinates(leaves, matrices)
+        if projected and refresh is not False:
+            _check_not_due(refresh, state.count, self.update_proj_gap)
+            refresh = False
+        gradients = _as_matrices(
+            leaves, {i: matrix for i, matrix in matrices.items() if i not in projected}
+        )
         weights = {} if of_params is None else _as_matrices(of_params, matrices)
         stored = treedef.flatten_up_to(state.projector)
         kept = _checked(stored, matrices)
@@ -137,7 +151,7 @@ class LowRank:
                 },
             )
         )
-        optimizer = self._of_each_matrix(matrices)
+        optimizer = self._of_each_matrix(shapes, matrices)
         held = find_weights(optimizer.init, shapes, matrices)
         if held and of_params is None:
             raise ValueError("the optimizer keeps copies of the weights: update needs the params")
@@ -148,7 +162,9 @@ class LowRank:
         if self.transport:
             moments = find_first_moments(state.inner_state, shapes, matrices)
         kept, inner_state = self._refreshed_if(
-            state.count % self.update_proj_gap == 0 if refresh is None else refresh,
+            state.count % self.update_proj_gap == 0
+            if refresh is None
+            else _is_only(refresh) or refresh,
             kept,
             state,
             gradients,
@@ -157,9 +173,13 @@ class LowRank:
             held.copies,
             moments,
         )
+        if _is_only(refresh):
+            bases = treedef.unflatten(_replaced(stored, kept))
+            return updates, GaLoreState(state.count, bases, inner_state)
         projectors = {i: dequantize_tree(projector) for i, projector in kept.items()}
 
-        low_updates = treedef.unflatten(_replaced(leaves, _low(gradients, projectors, matrices)))
+        low_gradients = {**projected, **_low(gradients, projectors, matrices)}
+        low_updates = treedef.unflatten(_replaced(leaves, low_gradients))
         low_weights: Leaves = {}
         decay: list[jax.Array | None] = [None] * len(matrices)
         if of_params is None:
@@ -204,9 +224,11 @@ class LowRank:
         return {i: matrix for i, matrix in found if matrix is not None}
 
     def _of_each_matrix(
-        self, matrices: Mapping[int, Matrix]
+        self, tree: Any, matrices: Mapping[int, Matrix]
     ) -> optax.GradientTransformationExtraArgs:
-        return per_matrix(self.optimizer, {i: m.stack_shape for i, m in matrices.items()})
+        of_matrices = {i: matrix.stack_shape for i, matrix in matrices.items()}
+        stacks = {**layer_stacks(tree, self.stacked_modules), **of_matrices}
+        return per_matrix(self.optimizer, stacks)
 
     def _refreshed_if(
         self,
@@ -292,14 +314,52 @@ def _where(condition: jax.Array, new: jax.Array, old: jax.Array) -> jax.Array:
     return jnp.where(condition, new.astype(old.dtype), old)
 
 
-def _as_matrices(leaves: Sequence[Any], matrices: Mapping[int, Matrix]) -> Leaves:
+def _is_only(refresh: Refresh) -> bool:
+    return isinstance(refresh, str) and refresh == "only"
+
+
+def _gradient_leaves(updates: optax.Updates) -> list[Any]:
+    return jax.tree.leaves(updates, is_leaf=is_projected_gradient)
+
+
+def _shape_of(gradient: Any) -> jax.ShapeDtypeStruct:
+    """That of the full gradient."""
+    if is_projected_gradient(gradient):
+        return jax.ShapeDtypeStruct(gradient.shape, gradient.dtype)
+    return jax.ShapeDtypeStruct(jnp.shape(gradient), jnp.result_type(gradient))
+
+
+def _coordinates(leaves: Sequence[Any], matrices: Mapping[int, Matrix]) -> dict[int, jax.Array]:
+    """Those of the gradients that come projected, which must be as these settings have them."""
+    found = {i: leaf for i, leaf in enumerate(leaves) if is_projected_gradient(leaf)}
+    for i, gradient in found.items():
+        expected = (matrices[i].low_shape, matrices[i].side) if i in matrices else None
+        if (jnp.shape(gradient.coordinates), gradient.side) != expected:
+            raise ValueError(
+                f"a gradient of shape {gradient.shape} comes projected on the side "
+                f"{gradient.side!r} to {jnp.shape(gradient.coordinates)}, where these settings "
+                f"have {expected or 'no projection'}"
+            )
+    return {i: gradient.coordinates for i, gradient in found.items()}
+
+
+def _check_not_due(refresh: Any, count: Any, update_proj_gap: Any) -> None:
+    """Projected gradients cannot change the basis: they must come where it is not due."""
+    concrete = not isinstance(count, jax.core.Tracer) and refresh is None
+    if not concrete or count % update_proj_gap == 0:
+        raise ValueError(
+            "a new basis needs the full gradients, and these are projected: give full ones with "
+            "refresh=True, projected ones with refresh=False"
+        )
+
+
+def _as_matrices(leaves: Sequence[Any], matrices: Mapping[int, Matrix]) -> dict[int, jax.Array]:
     return {i: matrix.to_matrix(leaves[i]) for i, matrix in matrices.items()}
 
 
 def _low(leaves: Leaves, projectors: Projectors, matrices: Mapping[int, Matrix]) -> Leaves:
     return {
-        i: projection.project(leaves[i], projectors[i], matrix.side)
-        for i, matrix in matrices.items()
+        i: projection.project(leaf, projectors[i], matrices[i].side) for i, leaf in leaves.items()
     }
 
 

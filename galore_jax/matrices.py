@@ -117,7 +117,7 @@ def find_matrices(
     else:
         given = _numbers_of_leaves(numbers_of, treedef)
     if numbers_of is not None and target_modules is None:
-        selected = [jnp.ndim(leaf) >= 2 and jnp.size(leaf) > 0 for _, leaf in paths_and_leaves]
+        selected = [jnp.ndim(x) >= 2 and 0 not in jnp.shape(x) for _, x in paths_and_leaves]
     else:
         selected = jax.tree.leaves(is_projected(params, target_modules))
 

@@ -1,6 +1,7 @@
 """Where the bytes go: counted from shapes, and planned by the compiler."""
 
 import dataclasses
+from collections.abc import Mapping
 from typing import Any
 
 import jax
@@ -138,7 +139,10 @@ def compiled_plan(compiled: jax.stages.Compiled, device: str) -> CompiledPlan | 
 
 
 def memory_table(
-    params: Any, opt_state: optax.OptState, gradient_bytes: int, plan: CompiledPlan | None
+    params: Any,
+    opt_state: optax.OptState,
+    gradient_bytes: int,
+    plans: Mapping[str, CompiledPlan | None],
 ) -> str:
     """The memory of a training step beside that of full-rank AdamW, as lines of text.
 
@@ -146,10 +150,10 @@ def memory_table(
       params: the weights, or their shapes.
       opt_state: the optimizer's state, or its shapes.
       gradient_bytes: bytes of the gradients, accumulators included.
-      plan: the compiled training step's plan.
+      plans: those of the compiled steps, by what they are called.
 
     Returns:
-      A table of counted bytes, in MiB of 2^20, and a line with the compiler's plan.
+      A table of counted bytes, in MiB of 2^20, and a line with each of the compiler's plans.
     """
     weights = tree_bytes(params)
     ours = count_state(opt_state)
@@ -173,9 +177,11 @@ def memory_table(
         if name in ("optimizer state", "total"):
             name = f"= {name}"
         lines.append(f"{name:<24}{here / 2**20:>12,.2f}{there / 2**20:>12,.2f}")
-    if plan is not None:
+    for step, plan in plans.items():
+        if plan is None:
+            continue
         lines.append(
-            f"training step compiled for {plan.device}: peak {plan.peak / 2**20:,.1f} MiB"
+            f"{step} compiled for {plan.device}: peak {plan.peak / 2**20:,.1f} MiB"
             f" = arguments {plan.arguments / 2**20:,.1f}"
             f" + outputs {(plan.outputs - plan.aliased) / 2**20:,.1f}"
             f" + temporary {plan.temporary / 2**20:,.1f}"

@@ -12,6 +12,8 @@ both     P, Q: (m, r) and (n, r)   ``P^T G Q``, (..., r, r)        ``P R Q^T``
 =======  ========================  ==============================  ===============
 """
 
+import dataclasses
+import functools
 from collections.abc import Callable
 from typing import Any, Literal, NamedTuple, get_args
 
@@ -37,6 +39,42 @@ class TwoSided(NamedTuple):
 
 
 Projector = jax.Array | TwoSided
+
+
+@functools.partial(
+    jax.tree_util.register_dataclass, data_fields=["coordinates"], meta_fields=["shape", "side"]
+)
+@dataclasses.dataclass(frozen=True)
+class ProjectedGradient:
+    """A gradient of which only the coordinates in a basis exist, a pytree of one array.
+
+    :func:`galore_jax.galore` takes it in place of the gradient of that shape. Sums and multiples
+    of such gradients in the same basis are ``jax.tree.map`` away.
+
+    Attributes:
+      coordinates: (..., r, n), (..., m, r) or (..., r, r), by the side.
+      shape: (..., m, n), that of the gradient it stands for.
+      side: the side that is projected.
+    """
+
+    coordinates: Any
+    shape: tuple[int, ...]
+    side: Side
+
+    @property
+    def dtype(self) -> Any:
+        """That of the coordinates."""
+        return self.coordinates.dtype
+
+
+def is_projected_gradient(node: Any) -> bool:
+    """Whether a node of a tree is one, for ``is_leaf``.
+
+    >>> import jax.numpy as jnp
+    >>> is_projected_gradient(ProjectedGradient(jnp.ones((2, 6)), (4, 6), "left"))
+    True
+    """
+    return isinstance(node, ProjectedGradient)
 
 
 def projected_side(shape: tuple[int, ...], proj_type: ProjType = "std") -> Side:

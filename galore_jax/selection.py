@@ -40,12 +40,12 @@ def is_projected(params: Any, target_modules: str | Sequence[str] | None = None)
     ({'embed': True, 'mlp': {'kernel': False}}, {'embed': False, 'mlp': {'kernel': True}})
     """
     if target_modules is None:
-        return jax.tree.map(lambda leaf: jnp.ndim(leaf) == 2 and jnp.size(leaf) > 0, params)
+        return jax.tree.map(lambda leaf: jnp.ndim(leaf) == 2 and 0 not in jnp.shape(leaf), params)
     patterns = compiled_patterns(target_modules)
 
     def selected(key_path: tuple[Any, ...], leaf: Any) -> bool:
         path = leaf_path(key_path)
-        is_matrix = jnp.ndim(leaf) >= 2 and jnp.size(leaf) > 0
+        is_matrix = jnp.ndim(leaf) >= 2 and 0 not in jnp.shape(leaf)
         return is_matrix and any(pattern.search(path) for pattern in patterns)
 
     mask = jax.tree_util.tree_map_with_path(selected, params)
@@ -59,8 +59,10 @@ def is_projected(params: Any, target_modules: str | Sequence[str] | None = None)
     return mask
 
 
-def compiled_patterns(target_modules: str | Sequence[str]) -> list[re.Pattern[str]]:
-    """The regular expressions of ``target_modules``.
+def compiled_patterns(
+    target_modules: str | Sequence[str], name: str = "target_modules"
+) -> list[re.Pattern[str]]:
+    """The regular expressions of ``target_modules``, or of an argument of another name.
 
     Raises:
       TypeError, ValueError: see :func:`is_projected`.
@@ -71,12 +73,10 @@ def compiled_patterns(target_modules: str | Sequence[str]) -> list[re.Pattern[st
     patterns = [target_modules] if isinstance(target_modules, str) else target_modules
     if not isinstance(patterns, Sequence) or not all(isinstance(p, str) for p in patterns):
         raise TypeError(
-            "target_modules must be a regular expression, a sequence of them or None, "
+            f"{name} must be a regular expression, a sequence of them or None, "
             f"got {target_modules!r}"
         )
     try:
         return [re.compile(pattern) for pattern in patterns]
     except re.error as error:
-        raise ValueError(
-            f"target_modules={target_modules!r} is no regular expression: {error}"
-        ) from error
+        raise ValueError(f"{name}={target_modules!r} is no regular expression: {error}") from error

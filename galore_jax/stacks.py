@@ -10,6 +10,7 @@ import jax.numpy as jnp
 import optax
 
 from galore_jax.dependence import depends_on
+from galore_jax.selection import compiled_patterns, leaf_path
 
 # Fields of Optax's states whose dicts have keys of their own, not those of the params.
 _OTHER_KEYS = frozenset({"inner_states", "hyperparams", "hyperparams_states"})
@@ -105,6 +106,55 @@ def per_matrix(
         )
 
     return optax.GradientTransformationExtraArgs(init, update)
+
+
+def per_layer(
+    optimizer: optax.GradientTransformation, stacked_modules: str | Sequence[str]
+) -> optax.GradientTransformationExtraArgs:
+    """:func:`per_matrix` for whole layers stacked along the first axis of their leaves.
+
+    Args:
+      optimizer: the optimizer.
+      stacked_modules: regular expressions on the paths of the stacked leaves.
+
+    >>> import jax.numpy as jnp, optax
+    >>> params = {"blocks": {"kernel": jnp.ones((3, 4, 5))}, "head": jnp.ones((4, 5))}
+    >>> state = per_layer(optax.novograd(0.1), "^blocks/").init(params)
+    >>> state[0].nu["blocks"]["kernel"].shape, state[0].nu["head"].shape
+    ((3,), ())
+    """
+    inner = optax.with_extra_args_support(optimizer)
+
+    def init(params: optax.Params) -> optax.OptState:
+        return per_matrix(inner, layer_stacks(params, stacked_modules)).init(params)
+
+    def update(
+        updates: optax.Updates,
+        state: optax.OptState,
+        params: optax.Params | None = None,
+        **extra_args: Any,
+    ) -> tuple[optax.Updates, optax.OptState]:
+        of_each = per_matrix(inner, layer_stacks(updates, stacked_modules))
+        return of_each.update(updates, state, params, **extra_args)
+
+    return optax.GradientTransformationExtraArgs(init, update)
+
+
+def layer_stacks(tree: Any, stacked_modules: str | Sequence[str] | None) -> dict[int, Stack]:
+    """The first axis of each stacked leaf, by its index in the flat tree.
+
+    >>> import jax.numpy as jnp
+    >>> layer_stacks({"blocks": jnp.ones((3, 4)), "head": jnp.ones(4)}, "^blocks")
+    {0: (3,)}
+    """
+    if stacked_modules is None:
+        return {}
+    patterns = compiled_patterns(stacked_modules)
+    return {
+        i: jnp.shape(leaf)[:1]
+        for i, (path, leaf) in enumerate(jax.tree_util.tree_leaves_with_path(tree))
+        if any(pattern.search(leaf_path(path)) for pattern in patterns)
+    }
 
 
 @dataclasses.dataclass(frozen=True)

@@ -28,6 +28,7 @@ def galore(
     proj_type: ProjType = "std",
     target_modules: str | Sequence[str] | None = None,
     weight_dimension_numbers: Any = None,
+    stacked_modules: str | Sequence[str] | None = None,
     basis: Basis = "svd",
     power_iterations: int = 2,
     transport: bool = False,
@@ -67,6 +68,9 @@ def galore(
       target_modules: which leaves are projected, see :func:`galore_jax.selection.is_projected`.
       weight_dimension_numbers: which axes of a leaf are its matrix, see
         :func:`galore_jax.matrices.find_matrices`.
+      stacked_modules: regular expressions on the paths of leaves whose first axis indexes layers
+        (as for ``jax.lax.scan``): the optimizer takes them a layer at a time, those that are not
+        projected too, see :func:`galore_jax.stacks.per_layer`.
       basis: how the basis is computed: ``"svd"``, ``"eigh"``, ``"subspace_iteration"``,
         ``"randomized"`` or ``"random"``, see :mod:`galore_jax.bases`.
       power_iterations: rounds of the iterated bases at a refresh, at least 1.
@@ -80,7 +84,9 @@ def galore(
     Returns:
       A gradient transformation with a :class:`GaLoreState`. Its ``update`` takes ``refresh``, a
       bool or a traced () bool that overrides the schedule for that call (a Python bool compiles
-      without the other case); other extra arguments are passed on to the optimizer.
+      without the other case), or ``"only"`` to change the bases and nothing else; other extra
+      arguments are passed on to the optimizer. With ``refresh=False`` gradients may come
+      projected, from :func:`galore_jax.projected_value_and_grad`.
 
     Raises:
       TypeError: an argument of the wrong type.
@@ -119,6 +125,8 @@ def galore(
             )
     if target_modules is not None:
         compiled_patterns(target_modules)
+    if stacked_modules is not None:
+        compiled_patterns(stacked_modules, "stacked_modules")
 
     find = functools.partial(
         find_matrices,
@@ -134,6 +142,7 @@ def galore(
             optax.with_extra_args_support(inner),
             find_matrices=find,
             find_basis=new_basis,
+            stacked_modules=stacked_modules,
             update_proj_gap=update_proj_gap,
             scale=scale,
             transport=transport,

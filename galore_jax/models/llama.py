@@ -6,34 +6,13 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 from flax import nnx
-from jax.typing import DTypeLike
 
 from galore_jax.models.attention import causal_attention, rotary
 from galore_jax.models.config import LlamaConfig
 from galore_jax.models.losses import cross_entropy
+from galore_jax.projected_grad import linear
 
 Params = dict[str, Any]  # Nested dicts of arrays.
-
-
-def linear(x: jax.Array, kernel: Any, out_dtype: DTypeLike | None = None) -> jax.Array:
-    """``x @ kernel``: every matrix product of the model with a parameter is this one.
-
-    Args:
-      x: ``(..., in)``; its dtype is the dtype of the product's operands.
-      kernel: ``(in, out)``, of any floating dtype.
-      out_dtype: dtype to accumulate in and return; None for that of ``x``.
-
-    Returns:
-      ``(..., out)``.
-
-    Example:
-      >>> linear(jnp.ones((2, 3), jnp.bfloat16), jnp.ones((3, 4))).dtype
-      dtype(bfloat16)
-    """
-    # One matrix, not a batch of them: on CPU the weight gradient is a third faster so.
-    flat = x.reshape(-1, x.shape[-1])
-    y = jnp.dot(flat, kernel.astype(x.dtype), preferred_element_type=out_dtype)
-    return y.reshape(*x.shape[:-1], -1)
 
 
 def _normal(config: LlamaConfig, rngs: nnx.Rngs, shape: tuple[int, ...]) -> nnx.Param:

@@ -13,7 +13,7 @@ import numpy as np
 from galore_jax.data.batches import TextData
 from galore_jax.errors import UserError
 from galore_jax.memory import compiled_plan, memory_table
-from galore_jax.training import settings, steps
+from galore_jax.training import modes, settings, steps
 from galore_jax.training.checkpoints import Checkpoints, Restored
 from galore_jax.training.metrics import MetricsLog, write_run_record
 from galore_jax.training.optimizers import make_optimizer
@@ -104,29 +104,32 @@ class _Run:
         """Compiles both steps, and prints what memory they will take."""
         config, begun = self.config, time.monotonic()
         print("compiling", flush=True)
-        model = settings.model_config(config)
         parts = config.batch_size // config.micro_batch_size
 
         def batch(sequences: int) -> steps.Batch:
             shape = jax.ShapeDtypeStruct((sequences, config.data.seq_len), np.int32)
             return {"tokens": shape, "targets": shape}  # pyright: ignore[reportReturnType]
 
-        schedule = settings.learning_rate(config)
-        step = steps.make_train_step(
-            model, tx, schedule, micro_batches=parts, rounding=config.param_rounding
-        )
-        lowered = jax.jit(step, donate_argnums=0).lower(abstract_state, batch(config.batch_size))
-        self.train_step = lowered.compile()
+        self.train_steps = {
+            refresh: jax.jit(step, donate_argnums=0)
+            .lower(abstract_state, batch(config.batch_size))
+            .compile()
+            for refresh, step in modes.train_steps(config, tx).items()
+        }
         self.eval_step = (
-            jax.jit(steps.make_eval_step(model))
+            jax.jit(steps.make_eval_step(settings.model_config(config)))
             .lower(abstract_state.params, batch(config.micro_batch_size))
             .compile()
         )
         self.all_finite = jax.jit(steps.all_finite)
         device = jax.local_devices()[0].device_kind
         params, opt_state = abstract_state.params, abstract_state.opt_state
-        gradients = steps.gradient_bytes(params, parts)
-        print(memory_table(params, opt_state, gradients, compiled_plan(self.train_step, device)))
+        gradients = steps.gradient_bytes(modes.gradient_shapes(config, abstract_state), parts)
+        plans = {
+            modes.step_name(config, refresh): compiled_plan(step, device)
+            for refresh, step in self.train_steps.items()
+        }
+        print(memory_table(params, opt_state, gradients, plans))
         print(f"compiled in {time.monotonic() - begun:.1f} s", flush=True)
 
     def resume(self, restored: Restored) -> TrainState:
@@ -152,7 +155,8 @@ class _Run:
         speed = _Speed()
         waiting = None
         for step in range(self.step + 1, config.train_steps + 1):
-            state, numbers = self.train_step(state, next(self.batches))
+            train_step = self.train_steps[modes.refreshes(config, step - 1)]
+            state, numbers = train_step(state, next(self.batches))
             # The metrics of the step before: the device already has this one to work on.
             if waiting is not None:
                 self._record(*waiting, metrics, progress, speed)
@@ -182,15 +186,17 @@ class _Run:
         self.step, self.loss = step, float(numbers["loss"])
         self.tokens += tokens
         speed.add(tokens)
-        if not (np.isfinite(numbers["loss"]) and np.isfinite(numbers["grad_norm"])):
-            self._diverged(f"loss {self.loss} and gradient norm {numbers['grad_norm']}")
+        norms = {key: numbers[key] for key in steps.NORMS if key in numbers}
+        if not np.isfinite([numbers["loss"], *norms.values()]).all():
+            named = "".join(f" and {key} {value}" for key, value in norms.items())
+            self._diverged(f"loss {self.loss}{named}")
         if step == 1 or step == self.config.train_steps or _due(step, self.config.log_every_steps):
             tokens_per_second = speed.since_last()
             line = {
                 "step": step,
                 "loss": numbers["loss"],
                 "learning_rate": numbers["learning_rate"],
-                "grad_norm": numbers["grad_norm"],
+                **norms,
                 "tokens": self.tokens,
                 "tokens_per_second": tokens_per_second,
             }

@@ -12,10 +12,12 @@ import optax.contrib
 from galore_jax.adam8bit import adamw8bit
 from galore_jax.errors import UserError
 from galore_jax.selection import is_projected
+from galore_jax.stacks import per_layer
 from galore_jax.training.settings import Config, learning_rate
 from galore_jax.transform import galore
 
 _SETTINGS = ("b1", "b2", "eps", "weight_decay")
+LAYERS = "^blocks/"  # the leaves whose first axis indexes layers
 # What these aliases call some of them.
 _OWN_NAMES = {
     "adafactor": {"b1": "momentum"},
@@ -30,8 +32,13 @@ _EXCLUDED = ("lbfgs", "sophia", "dpsgd", "rprop", "sm3", "optimistic_adam", "gal
 _FIXED = {"adafactor": {"multiply_by_parameter_scale": False}}
 
 
-def make_optimizer(config: Config) -> optax.GradientTransformationExtraArgs:
+def make_optimizer(
+    config: Config, *, stacked: bool = True
+) -> optax.GradientTransformationExtraArgs:
     """The optimizer of a run: clipping, then the alias, in GaLore or on the full gradients.
+
+    It takes each layer by itself: ``stacked``, the layers of a model's stacked blocks; otherwise
+    a model of which there is one layer, without the leading axis.
 
     With ``method="full"``, ``optimizer.matrix_lr_scale`` multiplies the updates (decay included, as
     a learning rate of their own would) of the matrices that GaLore would project.
@@ -50,13 +57,16 @@ def make_optimizer(config: Config) -> optax.GradientTransformationExtraArgs:
             scale=low_rank.scale,
             proj_type=low_rank.proj_type,
             target_modules=tuple(low_rank.target_modules),
+            stacked_modules=LAYERS if stacked else None,
             basis=low_rank.basis,
             power_iterations=low_rank.power_iterations,
             transport=low_rank.transport,
             projector_dtype=low_rank.projector_dtype,
             projector_bits=low_rank.projector_bits,
         )
-    elif settings.matrix_lr_scale != 1.0:
+    elif stacked:
+        optimizer = per_layer(optimizer, LAYERS)
+    if config.method == "full" and settings.matrix_lr_scale != 1.0:
         targets = tuple(low_rank.target_modules)
         matrices = optax.masked(
             optax.scale(settings.matrix_lr_scale), lambda params: is_projected(params, targets)

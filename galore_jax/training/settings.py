@@ -52,7 +52,9 @@ _CHOICES = {
     "galore.proj_type": PROJ_TYPES,
     "galore.basis": BASES,
     "galore.projector_bits": (None, 8, 4),
+    "galore.refresh_from": ("batch", "micro_batch"),
     "param_rounding": ROUNDINGS,
+    "update": ("standard", "layerwise"),
 }
 
 
@@ -97,6 +99,14 @@ def check_config(config: Config) -> None:
         refuse("schedule.warmup_steps", f"less than config.train_steps={config.train_steps}")
     if config.model.attention_implementation == "cudnn" and jax.default_backend() != "gpu":
         refuse("model.attention_implementation", "xla or None on this device: cudnn is for GPUs")
+    if config.projected_gradients and config.method != "galore":
+        refuse("projected_gradients", "None or False with config.method='full'")
+    if config.projected_gradients and config.optimizer.clip_norm is not None:
+        refuse(
+            "projected_gradients",
+            "None or False with config.optimizer.clip_norm: the norm of the full gradient, which "
+            "is then not known; or give --config.optimizer.clip_norm=None",
+        )
     if config.tensorboard and importlib.util.find_spec("tensorboardX") is None:
         refuse("tensorboard", "False, or install the extra: pip install 'galore-jax[tensorboard]'")
 
@@ -132,6 +142,13 @@ def model_config(config: Config) -> LlamaConfig:
         param_dtype=config.param_dtype,
         remat=config.remat,
     )
+
+
+def projected_gradients(config: Config) -> bool:
+    """Whether gradients are born projected: as the config says, or where it can be."""
+    if config.projected_gradients is not None:
+        return config.projected_gradients
+    return config.method == "galore" and config.optimizer.clip_norm is None
 
 
 def open_data(config: Config) -> TextData:

@@ -55,7 +55,7 @@ def test_compiled_arguments_are_the_counted_bytes():
 
 def test_table_adds_up():
     state = galore(optax.adamw(1.0), rank=4, target_modules="kernel").init(PARAMS)
-    table = memory_table(PARAMS, state, gradient_bytes=2**20, plan=None)
+    table = memory_table(PARAMS, state, gradient_bytes=2**20, plans={})
     rows = {line[:24].strip(" ="): line[24:].split() for line in table.splitlines()[1:]}
     for column in (0, 1):
         value = {name: float(cells[column]) for name, cells in rows.items()}
@@ -78,7 +78,7 @@ def test_codes_and_scales_are_rows_of_the_table():
     assert counted.first_moments == counted.second_moments == 3 * 4 * 64 + 64
     assert counted.projectors == 3 * 16 * 4 // 2
     assert counted.scales == 4 * (2 * (3 + 1) + 3)
-    table = memory_table(PARAMS, state, gradient_bytes=0, plan=None)
+    table = memory_table(PARAMS, state, gradient_bytes=0, plans={})
     for row in ("projectors, codes", "first moments, codes", "quantisation scales"):
         assert f"\n{row} " in table
     compiled = jax.jit(lambda s: s, donate_argnums=0).lower(state).compile()
