@@ -10,6 +10,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
+from jax.core import Tracer
 
 from galore_jax import projection
 from galore_jax.decay import update_and_decay
@@ -61,7 +62,7 @@ class LowRank:
     """
 
     optimizer: optax.GradientTransformationExtraArgs
-    find_matrices: Callable[[Any], list[Matrix | None]]
+    find_matrices: Callable[..., list[Matrix | None]]
     find_basis: Callable[..., Projector]
     stacked_modules: str | Sequence[str] | None
     update_proj_gap: Any
@@ -76,7 +77,7 @@ class LowRank:
         leaves, treedef = jax.tree.flatten(params)
         projectors: list[Any] = [optax.MaskedNode()] * len(leaves)
         stand_ins = list(leaves)
-        matrices = self._matrices(params)
+        matrices = self._matrices(params, must_match=True)
         for i, matrix in matrices.items():
             dtype = self.projector_dtype or leaves[i].dtype
             projectors[i] = _empty_projector(leaves[i], matrix, dtype, self.projector_bits)
@@ -219,8 +220,9 @@ class LowRank:
         )
         return treedef.unflatten(_replaced(low, full)), new_state
 
-    def _matrices(self, tree: Any) -> dict[int, Matrix]:
-        found = enumerate(self.find_matrices(tree))
+    def _matrices(self, tree: Any, *, must_match: bool = False) -> dict[int, Matrix]:
+        # An update may be of a part of the tree that init saw.
+        found = enumerate(self.find_matrices(tree, must_match=must_match))
         return {i: matrix for i, matrix in found if matrix is not None}
 
     def _of_each_matrix(
@@ -345,7 +347,7 @@ def _coordinates(leaves: Sequence[Any], matrices: Mapping[int, Matrix]) -> dict[
 
 def _check_not_due(refresh: Any, count: Any, update_proj_gap: Any) -> None:
     """Projected gradients cannot change the basis: they must come where it is not due."""
-    concrete = not isinstance(count, jax.core.Tracer) and refresh is None
+    concrete = not isinstance(count, Tracer) and refresh is None
     if not concrete or count % update_proj_gap == 0:
         raise ValueError(
             "a new basis needs the full gradients, and these are projected: give full ones with "

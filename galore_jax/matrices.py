@@ -81,6 +81,7 @@ def find_matrices(
     proj_type: ProjType = "std",
     target_modules: str | Sequence[str] | None = None,
     weight_dimension_numbers: Any = None,
+    must_match: bool = True,
 ) -> list[Matrix | None]:
     """How each leaf is projected; None for a leaf that is not.
 
@@ -94,6 +95,7 @@ def find_matrices(
         for every leaf of two axes or more, a tree of them with the params' structure and None
         for leaves to be left alone, or a function of the params that returns such a tree.
         ``MuonDimensionNumbers`` will do too. Axes that are not named index a stack.
+      must_match: see :func:`galore_jax.selection.is_projected`.
 
     Returns:
       One entry a leaf, in the order of ``jax.tree.leaves``.
@@ -119,7 +121,7 @@ def find_matrices(
     if numbers_of is not None and target_modules is None:
         selected = [jnp.ndim(x) >= 2 and 0 not in jnp.shape(x) for _, x in paths_and_leaves]
     else:
-        selected = jax.tree.leaves(is_projected(params, target_modules))
+        selected = jax.tree.leaves(is_projected(params, target_modules, must_match=must_match))
 
     found: list[Matrix | None] = []
     for (key_path, leaf), numbers_here, wanted in zip(

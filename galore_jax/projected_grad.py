@@ -83,7 +83,7 @@ def linear(x: jax.Array, kernel: Any, out_dtype: jax.typing.DTypeLike | None = N
     flat = x.reshape(-1, x.shape[-1])
     if isinstance(kernel, ProjectedKernel):
         parts = kernel.kernel, kernel.projector, kernel.coordinates
-        y = _product(kernel.side, out_dtype, flat, *parts)
+        y: jax.Array = _product(kernel.side, out_dtype, flat, *parts)
     else:
         y = _plain_product(flat, kernel, out_dtype)
     return y.reshape(*x.shape[:-1], -1)

@@ -18,7 +18,12 @@ def leaf_path(key_path: tuple[Any, ...]) -> str:
     return jax.tree_util.keystr(key_path, simple=True, separator="/")
 
 
-def is_projected(params: Any, target_modules: str | Sequence[str] | None = None) -> Any:
+def is_projected(
+    params: Any,
+    target_modules: str | Sequence[str] | None = None,
+    *,
+    must_match: bool = True,
+) -> Any:
     """Which leaves GaLore projects.
 
     Args:
@@ -26,6 +31,7 @@ def is_projected(params: Any, target_modules: str | Sequence[str] | None = None)
       target_modules: a regular expression, or several, searched for in each leaf's path. A leaf
         that matches and has two axes or more is projected, its last two axes being the matrix and
         the leading ones a stack. None selects every leaf of exactly two axes.
+      must_match: whether patterns that select nothing are an error.
 
     Returns:
       A tree of bools with the params' structure: a mask as Optax takes it.
@@ -50,7 +56,7 @@ def is_projected(params: Any, target_modules: str | Sequence[str] | None = None)
 
     mask = jax.tree_util.tree_map_with_path(selected, params)
     paths = [leaf_path(path) for path, _ in jax.tree_util.tree_leaves_with_path(params)]
-    if paths and not any(jax.tree.leaves(mask)):
+    if must_match and paths and not any(jax.tree.leaves(mask)):
         raise ValueError(
             f"target_modules={target_modules!r} matches no leaf of two axes or more; paths are "
             + ", ".join(paths[:5])

@@ -183,7 +183,7 @@ def _find_layout(
     of_leaves: Owners = list(range(len(leaves)))
     single = _single(leaves, of_leaves, stacks)
     state = jax.eval_shape(optimizer.init, treedef.unflatten(single))
-    owners = _find_owners(state, treedef.unflatten(single))
+    owners = find_owners(state, treedef.unflatten(single))
 
     def init(flat: list[jax.Array]) -> list[jax.Array]:
         return jax.tree.leaves(optimizer.init(treedef.unflatten(flat)))
@@ -201,21 +201,82 @@ def _find_layout(
     )
 
 
-def _find_owners(state: optax.OptState, params: optax.Params) -> Owners:
-    """The leaf that each array of a state belongs to: the one whose path its own path contains."""
+def find_owners(state: optax.OptState, params: optax.Params) -> Owners:
+    """The leaf that each array of a state belongs to: the one whose path its own path contains.
+
+    >>> import jax.numpy as jnp, optax
+    >>> params = {"a": jnp.ones(3), "b": jnp.ones(4)}
+    >>> find_owners(optax.adam(0.1).init(params), params)
+    [None, 0, 1, 0, 1]
+    """
     paths = [path for path, _ in jax.tree_util.tree_leaves_with_path(params)]
-    owners = []
-    for path, _ in jax.tree_util.tree_leaves_with_path(state):
-        owner = None
-        for start in range(1, len(path)):
-            field = getattr(path[start - 1], "name", None)
-            if field is None or field in _OTHER_KEYS:
-                continue
-            for index, of_leaf in enumerate(paths):
-                if of_leaf and path[start : start + len(of_leaf)] == of_leaf:
-                    owner = index
-        owners.append(owner)
-    return owners
+    return [find_owner(path, paths) for path, _ in jax.tree_util.tree_leaves_with_path(state)]
+
+
+def find_owner(path: Any, of_leaves: Sequence[Any], *, whole: bool = False) -> int | None:
+    """The index of the leaf path that a path in a state contains, after the name of a field.
+
+    Args:
+      path: a key path in a state.
+      of_leaves: key paths in the params.
+      whole: whether it must end there.
+
+    >>> import jax.numpy as jnp, optax
+    >>> params = {"a": jnp.ones(3), "b": jnp.ones(4)}
+    >>> leaves = [path for path, _ in jax.tree_util.tree_leaves_with_path(params)]
+    >>> state = jax.tree_util.tree_leaves_with_path(optax.adam(0.1).init(params))
+    >>> find_owner(state[2][0], leaves)
+    1
+    """
+    owner = None
+    for start in range(1, len(path)):
+        field = getattr(path[start - 1], "name", None)
+        if field is None or field in _OTHER_KEYS:
+            continue
+        for index, of_leaf in enumerate(of_leaves):
+            here = path[start:] if whole else path[start : start + len(of_leaf)]
+            if of_leaf and here == of_leaf:
+                owner = index
+    return owner
+
+
+def keeps_leaves_apart(
+    optimizer: optax.GradientTransformationExtraArgs, params: optax.Params, **extra_args: Any
+) -> bool:
+    """Whether an update can be made leaf by leaf.
+
+    That is whether no leaf's gradient reaches another leaf's update or state, or a state that
+    belongs to none, and no random number is drawn.
+
+    Args:
+      optimizer: the optimizer.
+      params: arrays or shapes.
+      extra_args: of its update.
+
+    >>> import jax.numpy as jnp, optax
+    >>> params = {"a": jnp.ones(3), "b": jnp.ones(4)}
+    >>> [keeps_leaves_apart(tx, params) for tx in (optax.adam(0.1), optax.clip_by_global_norm(1))]
+    [True, False]
+    """
+    leaves, treedef = jax.tree.flatten(params)
+    state = jax.eval_shape(optimizer.init, params)
+    owners = [*range(len(leaves)), *find_owners(state, params)]
+
+    def update(leaves: list[Any], state: optax.OptState, params: Any) -> list[Any]:
+        updates, state = optimizer.update(treedef.unflatten(leaves), state, params, **extra_args)
+        return [*treedef.flatten_up_to(updates), *jax.tree.leaves(state)]
+
+    jaxpr = jax.make_jaxpr(update)(leaves, state, params).jaxpr
+    if _draws(jaxpr):
+        return False
+    return all(
+        owners[out] == leaf for leaf in range(len(leaves)) for out in depends_on(jaxpr, [leaf])
+    )
+
+
+def _draws(jaxpr: Any) -> bool:
+    text = str(jaxpr)
+    return "random_" in text or "threefry" in text
 
 
 def _over_stacks(
@@ -259,7 +320,7 @@ def _keeps_apart(
 ) -> bool:
     """Whether a stacked leaf reaches its own results alone, and no random number is drawn."""
     jaxpr = jax.make_jaxpr(fn)(_single(arrays, owners_in, stacks)).jaxpr
-    if "random_" in str(jaxpr) or "threefry" in str(jaxpr):
+    if _draws(jaxpr):
         return False
     for leaf in stacks:
         mine = [i for i, owner in enumerate(owners_in) if owner == leaf]

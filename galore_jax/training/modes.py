@@ -1,5 +1,6 @@
 """Which training steps a config asks for: standard or layerwise, projected gradients or full."""
 
+import dataclasses
 import functools
 from collections.abc import Callable
 from typing import Any
@@ -7,8 +8,13 @@ from typing import Any
 import jax
 import optax
 
+from galore_jax.errors import UserError
+from galore_jax.models.llama import init_params
 from galore_jax.projected_grad import projected_kernels, variables_of
+from galore_jax.stacks import keeps_leaves_apart
 from galore_jax.training import settings, steps
+from galore_jax.training.layerwise import make_layerwise_step
+from galore_jax.training.optimizers import make_optimizer
 from galore_jax.training.settings import Config
 
 Step = Callable[[steps.TrainState, steps.Batch], tuple[steps.TrainState, dict[str, Any]]]
@@ -36,6 +42,39 @@ def gradient_shapes(config: Config, state: steps.TrainState) -> Any:
     return jax.eval_shape(lambda p, s: variables_of(kernels(p, s)), state.params, state.opt_state)
 
 
+def _layerwise_optimizer(config: Config) -> optax.GradientTransformationExtraArgs:
+    """The optimizer of a single layer, if that is enough to know.
+
+    Raises:
+      UserError: clipping by the global norm, micro-batches of full gradients, an optimizer that
+        needs all leaves at once.
+    """
+    with_layers = "config.update='layerwise' cannot be used with "
+    if config.optimizer.clip_norm is not None:
+        raise UserError(
+            f"{with_layers}config.optimizer.clip_norm={config.optimizer.clip_norm}: the global "
+            "norm is known only when all gradients are; give --config.optimizer.clip_norm=None"
+        )
+    projected = settings.projected_gradients(config)
+    if config.batch_size != config.micro_batch_size and not projected:
+        raise UserError(
+            f"{with_layers}config.batch_size={config.batch_size} and "
+            f"config.micro_batch_size={config.micro_batch_size}: full gradients would have to be "
+            "kept to be added up; give equal ones, or GaLore with projected_gradients"
+        )
+    tx = make_optimizer(config, stacked=False)
+    model = dataclasses.replace(settings.model_config(config), num_layers=1)
+    _, params = jax.eval_shape(functools.partial(init_params, model), jax.random.key(0))
+    blocks = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape[1:], x.dtype), params["blocks"])
+    fixed = {"refresh": False} if config.method == "galore" else {}
+    if not keeps_leaves_apart(tx, {**params, "blocks": blocks}, **fixed, value=0.0):
+        raise UserError(
+            f"{with_layers}config.optimizer.name={config.optimizer.name!r}, which needs the "
+            "gradients of all weights at once, or draws random numbers"
+        )
+    return tx
+
+
 def train_steps(config: Config, tx: optax.GradientTransformationExtraArgs) -> dict[bool, Step]:
     """The steps of a run, with and without a change of basis: by what :func:`refreshes` gives.
 
@@ -50,13 +89,16 @@ def train_steps(config: Config, tx: optax.GradientTransformationExtraArgs) -> di
     projected = None
     if settings.projected_gradients(config):
         projected = steps.ProjectedMode(config.galore.proj_type, config.galore.refresh_from)
+    make, of_step = steps.make_train_step, tx
+    if config.update == "layerwise":
+        make, of_step = make_layerwise_step, _layerwise_optimizer(config)
     kinds = [False]
     if config.method == "galore":
         kinds = [True] if config.galore.update_proj_gap == 1 else [False, True]
     return {
-        refresh: steps.make_train_step(
+        refresh: make(
             model,
-            tx,
+            of_step,
             schedule,
             micro_batches=parts,
             refresh=refresh if config.method == "galore" else None,

@@ -124,7 +124,8 @@ def make_train_step(
         if projected is None or (
             refresh and (projected.refresh_from == "batch" or micro_batches == 1)
         ):
-            loss, grads = _sum_over_parts(jax.value_and_grad(part_of_mean), state.params, parts)
+            loss, grads = sum_over_parts(jax.value_and_grad(part_of_mean), state.params, parts)
+            grads = _cast_like(state.params, grads)
             norms["grad_norm"] = gradient_norm(grads)
         else:
             first = ()
@@ -141,10 +142,10 @@ def make_train_step(
             def of_variables(variables: Any, part: Batch) -> jax.Array:
                 return part_of_mean(with_coordinates(nodes, variables), part)
 
-            loss, grads = _sum_over_parts(
+            loss, grads = sum_over_parts(
                 jax.value_and_grad(of_variables), variables_of(nodes), parts, first
             )
-            grads = as_gradients(nodes, grads)
+            grads = as_gradients(nodes, _cast_like(variables_of(nodes), grads))
             norms["projected_grad_norm"] = gradient_norm(grads)
             of_optimizer = {"refresh": False}
 
@@ -165,6 +166,10 @@ def make_train_step(
     return train_step
 
 
+def _cast_like(params: Any, grads: Any) -> Any:
+    return jax.tree.map(lambda p, g: g.astype(p.dtype), params, grads)
+
+
 def gradient_norm(grads: Any) -> jax.Array:
     """Of the whole tree, () float32."""
     return optax.tree.norm(jax.tree.map(lambda g: g.astype(jnp.float32), grads))
@@ -176,7 +181,7 @@ def variables_of_gradients(grads: Any) -> Any:
     return jax.tree.map(plain, grads, is_leaf=is_projected_gradient)
 
 
-def _sum_over_parts(loss_and_grad, variables: Any, parts: Batch, first=()) -> tuple[Any, Any]:
+def sum_over_parts(loss_and_grad, variables: Any, parts: Batch, first=()) -> tuple[Any, Any]:
     """Summed in float32, starting from the (loss, gradients) of ``first`` if there is one."""
     if not first and len(jax.tree.leaves(parts)[0]) == 1:
         return loss_and_grad(variables, jax.tree.map(lambda x: x[0], parts))
@@ -187,7 +192,7 @@ def _sum_over_parts(loss_and_grad, variables: Any, parts: Batch, first=()) -> tu
     start = first or (jnp.float32(0.0), jax.tree.map(jnp.zeros_like, variables))
     start = jax.tree.map(lambda x: x.astype(jnp.float32), start)
     (loss, grads), _ = jax.lax.scan(add, start, parts)
-    return loss, jax.tree.map(lambda g, p: g.astype(p.dtype), grads, variables)
+    return loss, grads
 
 
 def gradient_bytes(gradients: Any, micro_batches: int) -> int:

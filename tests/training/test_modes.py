@@ -1,0 +1,159 @@
+"""Every mode of updating against the plainest one: standard, full gradients, one batch."""
+
+import functools
+
+import jax
+import numpy as np
+import pytest
+from tiny import tiny_config
+
+from galore_jax.errors import UserError
+from galore_jax.training import modes, settings, steps
+from galore_jax.training.optimizers import make_optimizer
+
+GAP = 3
+UPDATES = 2 * GAP + 3
+
+
+def batches(config):
+    rng = np.random.default_rng(0)
+    shape = (UPDATES, config.batch_size, config.data.seq_len)
+    tokens = rng.integers(64, size=shape, dtype=np.int32)
+    # Rows with different numbers of targets: a mean of means would not be the mean.
+    targets = np.where(rng.random(shape) < 0.7, np.roll(tokens, -1, -1), -1)
+    return [
+        {"tokens": x, "targets": y} for x, y in zip(tokens, targets.astype(np.int32), strict=True)
+    ]
+
+
+def config_of(arg="", **overrides):
+    fixed = {
+        "model__vocab_size": 64,
+        "batch_size": 4,
+        "micro_batch_size": 4,
+        "schedule__warmup_steps": 0,
+        "galore__update_proj_gap": GAP,
+    }
+    return tiny_config(arg, **{**fixed, **overrides})
+
+
+def run(config):
+    tx = make_optimizer(config)
+    init = functools.partial(steps.init_state, settings.model_config(config), tx)
+    state = jax.jit(init)(jax.random.key(0))
+    compiled = {k: jax.jit(step) for k, step in modes.train_steps(config, tx).items()}
+    metrics = []
+    for count, batch in enumerate(batches(config)):
+        state, numbers = compiled[modes.refreshes(config, count)](state, batch)
+        metrics.append(jax.device_get(numbers))
+    return jax.device_get(state), metrics
+
+
+def check_same(a, b, atol=1e-5):
+    """Of float leaves at most ``atol``, and of codes one step."""
+    paths = jax.tree_util.tree_leaves_with_path(a)
+    for (path, x), y in zip(paths, jax.tree.leaves(b), strict=True):
+        tolerance = atol if np.issubdtype(x.dtype, np.floating) else 1
+        np.testing.assert_allclose(
+            x.astype(np.float64),
+            y.astype(np.float64),
+            atol=tolerance,
+            err_msg=jax.tree_util.keystr(path),
+        )
+
+
+OPTIMIZERS = {
+    "adamw": {"optimizer__weight_decay": 0.1, "optimizer__eps": 1e-3},
+    "adamw8bit": {"optimizer__eps": 1e-3},
+    "adafactor": {"optimizer__eps": 1e-3},
+    "lion": {"schedule__peak_lr": 1e-4},
+    "sgd": {"optimizer__b1": 0.9},
+}
+
+
+@functools.cache
+def plainest(method, name):
+    return run(
+        config_of(
+            f"method={method},optimizer={name}", projected_gradients=False, **OPTIMIZERS[name]
+        )
+    )
+
+
+@pytest.mark.parametrize("name", OPTIMIZERS)
+@pytest.mark.parametrize("method", ["galore", "full"])
+def test_layerwise_is_standard(method, name):
+    arg = f"method={method},optimizer={name}"
+    settings_of = {**OPTIMIZERS[name], "projected_gradients": False}
+    state, metrics = run(config_of(arg, update="layerwise", **settings_of))
+    expected, expected_metrics = plainest(method, name)
+    check_same(state, expected)
+    for mine, theirs in zip(metrics, expected_metrics, strict=True):
+        np.testing.assert_allclose(mine["loss"], theirs["loss"], rtol=1e-5)
+
+
+@pytest.mark.parametrize("update", ["standard", "layerwise"])
+@pytest.mark.parametrize("name", OPTIMIZERS)
+def test_projected_is_standard(name, update):
+    state, metrics = run(config_of(f"optimizer={name}", update=update, **OPTIMIZERS[name]))
+    expected, expected_metrics = plainest("galore", name)
+    check_same(state, expected)
+    for count, (mine, theirs) in enumerate(zip(metrics, expected_metrics, strict=True)):
+        np.testing.assert_allclose(mine["loss"], theirs["loss"], rtol=1e-5)
+        assert ("grad_norm" in mine) == (count % GAP == 0)
+        if "grad_norm" in mine:
+            np.testing.assert_allclose(mine["grad_norm"], theirs["grad_norm"], rtol=1e-4)
+            assert mine["projected_grad_norm"] < mine["grad_norm"]
+
+
+@pytest.mark.parametrize("update", ["standard", "layerwise"])
+def test_micro_batches_are_one_batch(update):
+    settings_of = OPTIMIZERS["adamw"]
+    state, metrics = run(
+        config_of("optimizer=adamw", update=update, micro_batch_size=1, **settings_of)
+    )
+    expected, expected_metrics = run(config_of("optimizer=adamw", update=update, **settings_of))
+    check_same(state, expected)
+    for mine, theirs in zip(metrics, expected_metrics, strict=True):
+        for key in theirs:
+            np.testing.assert_allclose(mine[key], theirs[key], rtol=1e-4)
+
+
+@pytest.mark.parametrize("update", ["standard", "layerwise"])
+def test_a_basis_from_a_micro_batch_is_that_of_its_gradient(update):
+    whole = config_of(update=update, **OPTIMIZERS["adamw"])
+    parts = config_of(
+        update=update,
+        micro_batch_size=1,
+        galore__refresh_from="micro_batch",
+        **OPTIMIZERS["adamw"],
+    )
+    tx = make_optimizer(whole)
+    init = functools.partial(steps.init_state, settings.model_config(whole), tx)
+    state = jax.jit(init)(jax.random.key(0))
+    batch = batches(whole)[0]
+    first = jax.tree.map(lambda x: x[:1], batch)
+    from_first, _ = jax.jit(modes.train_steps(whole, tx)[True])(state, first)
+    from_parts, metrics = jax.jit(modes.train_steps(parts, tx)[True])(state, batch)
+    check_same(from_parts.opt_state.projector, from_first.opt_state.projector)
+    # The update is of the whole batch: in its loss, and in moments that another batch would change.
+    _, expected = jax.jit(modes.train_steps(whole, tx)[True])(state, batch)
+    np.testing.assert_allclose(metrics["loss"], expected["loss"], rtol=1e-6)
+    head = lambda s: s.opt_state.inner_state[0].mu["lm_head"]["kernel"]  # noqa: E731
+    whole_head, _ = jax.jit(modes.train_steps(whole, tx)[True])(state, batch)
+    np.testing.assert_allclose(head(from_parts), head(whole_head), atol=1e-7)
+
+
+@pytest.mark.parametrize(
+    ("arg", "overrides", "named"),
+    [
+        ("", {"optimizer__clip_norm": 1.0}, "clip_norm"),
+        ("method=full", {"micro_batch_size": 2}, "micro_batch_size"),
+        ("optimizer=prodigy", {}, "prodigy"),
+        ("method=full,optimizer=noisy_sgd", {}, "noisy_sgd"),
+    ],
+)
+def test_what_layerwise_cannot_do_is_refused_by_name(arg, overrides, named):
+    config = config_of(arg, update="layerwise", **overrides)
+    with pytest.raises(UserError, match=named):
+        modes.train_steps(config, make_optimizer(config))
