@@ -38,7 +38,7 @@ def get_config(arg: str = "") -> ConfigDict:
     config.param_rounding = "nearest"
     # "standard": all gradients, then all updates. "layerwise": each layer's weights are updated as
     # soon as its gradient is there, so that one layer's exists at a time (README, "Modes").
-    config.update = "standard"
+    config.updates = "standard"
     # With GaLore: never form a full gradient between two changes of basis. None: True where it can
     # be, that is without optimizer.clip_norm, which is of the full gradient.
     config.projected_gradients = config_dict.placeholder(bool)

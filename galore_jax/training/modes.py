@@ -49,7 +49,7 @@ def _layerwise_optimizer(config: Config) -> optax.GradientTransformationExtraArg
       UserError: clipping by the global norm, micro-batches of full gradients, an optimizer that
         needs all leaves at once.
     """
-    with_layers = "config.update='layerwise' cannot be used with "
+    with_layers = "config.updates='layerwise' cannot be used with "
     if config.optimizer.clip_norm is not None:
         raise UserError(
             f"{with_layers}config.optimizer.clip_norm={config.optimizer.clip_norm}: the global "
@@ -90,7 +90,7 @@ def train_steps(config: Config, tx: optax.GradientTransformationExtraArgs) -> di
     if settings.projected_gradients(config):
         projected = steps.ProjectedMode(config.galore.proj_type, config.galore.refresh_from)
     make, of_step = steps.make_train_step, tx
-    if config.update == "layerwise":
+    if config.updates == "layerwise":
         make, of_step = make_layerwise_step, _layerwise_optimizer(config)
     kinds = [False]
     if config.method == "galore":

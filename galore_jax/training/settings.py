@@ -54,7 +54,7 @@ _CHOICES = {
     "galore.projector_bits": (None, 8, 4),
     "galore.refresh_from": ("batch", "micro_batch"),
     "param_rounding": ROUNDINGS,
-    "update": ("standard", "layerwise"),
+    "updates": ("standard", "layerwise"),
 }
 
 

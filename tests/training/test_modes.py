@@ -85,17 +85,17 @@ def plainest(method, name):
 def test_layerwise_is_standard(method, name):
     arg = f"method={method},optimizer={name}"
     settings_of = {**OPTIMIZERS[name], "projected_gradients": False}
-    state, metrics = run(config_of(arg, update="layerwise", **settings_of))
+    state, metrics = run(config_of(arg, updates="layerwise", **settings_of))
     expected, expected_metrics = plainest(method, name)
     check_same(state, expected)
     for mine, theirs in zip(metrics, expected_metrics, strict=True):
         np.testing.assert_allclose(mine["loss"], theirs["loss"], rtol=1e-5)
 
 
-@pytest.mark.parametrize("update", ["standard", "layerwise"])
+@pytest.mark.parametrize("updates", ["standard", "layerwise"])
 @pytest.mark.parametrize("name", OPTIMIZERS)
-def test_projected_is_standard(name, update):
-    state, metrics = run(config_of(f"optimizer={name}", update=update, **OPTIMIZERS[name]))
+def test_projected_is_standard(name, updates):
+    state, metrics = run(config_of(f"optimizer={name}", updates=updates, **OPTIMIZERS[name]))
     expected, expected_metrics = plainest("galore", name)
     check_same(state, expected)
     for count, (mine, theirs) in enumerate(zip(metrics, expected_metrics, strict=True)):
@@ -106,24 +106,24 @@ def test_projected_is_standard(name, update):
             assert mine["projected_grad_norm"] < mine["grad_norm"]
 
 
-@pytest.mark.parametrize("update", ["standard", "layerwise"])
-def test_micro_batches_are_one_batch(update):
+@pytest.mark.parametrize("updates", ["standard", "layerwise"])
+def test_micro_batches_are_one_batch(updates):
     settings_of = OPTIMIZERS["adamw"]
     state, metrics = run(
-        config_of("optimizer=adamw", update=update, micro_batch_size=1, **settings_of)
+        config_of("optimizer=adamw", updates=updates, micro_batch_size=1, **settings_of)
     )
-    expected, expected_metrics = run(config_of("optimizer=adamw", update=update, **settings_of))
+    expected, expected_metrics = run(config_of("optimizer=adamw", updates=updates, **settings_of))
     check_same(state, expected)
     for mine, theirs in zip(metrics, expected_metrics, strict=True):
         for key in theirs:
             np.testing.assert_allclose(mine[key], theirs[key], rtol=1e-4)
 
 
-@pytest.mark.parametrize("update", ["standard", "layerwise"])
-def test_a_basis_from_a_micro_batch_is_that_of_its_gradient(update):
-    whole = config_of(update=update, **OPTIMIZERS["adamw"])
+@pytest.mark.parametrize("updates", ["standard", "layerwise"])
+def test_a_basis_from_a_micro_batch_is_that_of_its_gradient(updates):
+    whole = config_of(updates=updates, **OPTIMIZERS["adamw"])
     parts = config_of(
-        update=update,
+        updates=updates,
         micro_batch_size=1,
         galore__refresh_from="micro_batch",
         **OPTIMIZERS["adamw"],
@@ -154,6 +154,6 @@ def test_a_basis_from_a_micro_batch_is_that_of_its_gradient(update):
     ],
 )
 def test_what_layerwise_cannot_do_is_refused_by_name(arg, overrides, named):
-    config = config_of(arg, update="layerwise", **overrides)
+    config = config_of(arg, updates="layerwise", **overrides)
     with pytest.raises(UserError, match=named):
         modes.train_steps(config, make_optimizer(config))
