@@ -11,6 +11,7 @@ from galore_jax.quantization import (
     BLOCK_SIZE,
     Encoding,
     Quantized,
+    block_scales,
     check_block_size,
     dequantize,
     dithering,
@@ -87,10 +88,22 @@ def scale_by_adam8bit(
         count = optax.safe_increment(state.count)
         next_count = optax.safe_increment(count)
 
-        def of(gradient: jax.Array, old_mu: Any, old_nu: Any) -> tuple[Any, Any, Any]:
+        def moments(gradient: jax.Array, old_mu: Any, old_nu: Any) -> tuple[Any, Any]:
             g = gradient.astype(jnp.float32)
             mu = b1 * _decoded(old_mu) + (1 - b1) * g
-            nu = b2 * _decoded(old_nu) + (1 - b2) * jnp.square(g)
+            return mu, b2 * _decoded(old_nu) + (1 - b2) * jnp.square(g)
+
+        def of(gradient: jax.Array, old_mu: Any, old_nu: Any) -> tuple[Any, Any, Any]:
+            scales = None, None
+            if isinstance(old_mu, Quantized):
+                mu, nu = moments(gradient, old_mu, old_nu)
+                scales = _scales_as(old_mu, mu), _scales_as(old_nu, nu)
+                # New moments are computed again after their scales are known: in float32 they
+                # would be twice the leaf's size in memory.
+                operands = scales, gradient, old_mu, old_nu
+                scales, gradient, old_mu, old_nu = jax.lax.optimization_barrier(operands)
+            g = gradient.astype(jnp.float32)
+            mu, nu = moments(gradient, old_mu, old_nu)
             if nesterov:
                 ahead = b1 * mu / _debias(b1, next_count) + (1 - b1) * g / _debias(b1, count)
             else:
@@ -100,8 +113,8 @@ def scale_by_adam8bit(
                 noise = dithering(g.shape, count)
                 return (
                     step.astype(gradient.dtype),
-                    _as(old_mu, mu, 1 - noise),
-                    _as(old_nu, nu, noise),
+                    _as(old_mu, mu, scales[0], 1 - noise),
+                    _as(old_nu, nu, scales[1], noise),
                 )
             return step.astype(gradient.dtype), mu.astype(jnp.float32), nu.astype(jnp.float32)
 
@@ -158,5 +171,9 @@ def _decoded(moment: Any) -> jax.Array:
     return dequantize(moment) if isinstance(moment, Quantized) else moment
 
 
-def _as(old: Quantized, value: jax.Array, noise: jax.Array) -> Quantized:
-    return quantize(value, old.encoding, block_size=old.block_size, noise=noise)
+def _scales_as(old: Quantized, value: jax.Array) -> jax.Array:
+    return block_scales(value, old.encoding, block_size=old.block_size)
+
+
+def _as(old: Quantized, value: jax.Array, scales: Any, noise: jax.Array) -> Quantized:
+    return quantize(value, old.encoding, block_size=old.block_size, noise=noise, scales=scales)

@@ -126,6 +126,7 @@ def quantize(
     *,
     block_size: int = BLOCK_SIZE,
     noise: jax.Array | None = None,
+    scales: jax.Array | None = None,
 ) -> Quantized:
     """The codes and scales nearest to an array, or stochastically rounded ones.
 
@@ -136,6 +137,7 @@ def quantize(
       noise: of the array's shape, uniform in [0, 1): of the two neighbouring values the upper is
         taken in proportion to nearness, so that the mean is the value itself (its root for
         ``dynamic_root``). None rounds to nearest.
+      scales: :func:`block_scales` of the array where they are known already.
 
     Returns:
       The quantised array. What is not finite makes its whole block NaN.
@@ -147,18 +149,13 @@ def quantize(
     >>> dequantize(quantize(jnp.array([0.0, -8.0, 127.0]), "int8")).tolist()
     [0.0, -8.0, 127.0]
     """
-    code_dtype(encoding)
-    check_block_size(block_size)
-    if jnp.ndim(array) == 0:
-        raise ValueError("a scalar has no blocks to quantise; keep it as it is")
-    array = in_float32(array).astype(jnp.float32)
+    if scales is None:
+        scales = block_scales(array, encoding, block_size=block_size)
+    blocks = _in_blocks(_coded(array, encoding), block_size)
+    of_blocks = scales.reshape(*blocks.shape[:-3], 1, blocks.shape[-2], 1)
     if encoding == "dynamic_root":
-        array = jnp.sqrt(array)
-    blocks = _in_blocks(array, block_size)
-    magnitude = jnp.abs(blocks)
-    scales = magnitude.max(axis=(-3, -1), keepdims=True)
-    scales = jnp.where(scales < _TINY, 0, scales)
-    share = magnitude / jnp.where(scales == 0, jnp.inf, scales)
+        of_blocks = jnp.sqrt(of_blocks)
+    share = jnp.abs(blocks) / jnp.where(of_blocks == 0, jnp.inf, of_blocks)
     up = 0.5 if noise is None else _in_blocks(noise, block_size)
     if encoding in _LEVELS:
         level = _LEVELS[encoding]
@@ -170,14 +167,37 @@ def quantize(
         # +1 of the signed map, which has no -1, takes the one code that is left: 128 is -128.
         steps = jnp.where(blocks < 0, -jnp.minimum(steps, 127), steps)
     codes = steps.astype(jnp.int8).astype(code_dtype(encoding))
+    return Quantized(_out_of_blocks(codes, array.shape), scales, encoding, block_size)
+
+
+def block_scales(
+    array: jax.Array, encoding: Encoding = "dynamic", *, block_size: int = BLOCK_SIZE
+) -> jax.Array:
+    """The scales that :func:`quantize` gives an array: each block's largest magnitude, float32.
+
+    Raises:
+      TypeError, ValueError: see :func:`quantize`.
+
+    >>> import jax.numpy as jnp
+    >>> block_scales(jnp.array([0.0, -8.0, 2.0])).tolist()
+    [8.0]
+    """
+    code_dtype(encoding)
+    check_block_size(block_size)
+    if jnp.ndim(array) == 0:
+        raise ValueError("a scalar has no blocks to quantise; keep it as it is")
+    blocks = _in_blocks(_coded(array, encoding), block_size)
+    scales = jnp.abs(blocks).max(axis=(-3, -1))
+    scales = jnp.where(scales < _TINY, 0, scales)
     if encoding == "dynamic_root":
         scales = jnp.square(scales)
-    return Quantized(
-        _out_of_blocks(codes, array.shape),
-        scales.reshape(scales_shape(array.shape, block_size)),
-        encoding,
-        block_size,
-    )
+    return scales.reshape(scales_shape(array.shape, block_size))
+
+
+def _coded(array: jax.Array, encoding: Encoding) -> jax.Array:
+    """What the codes are of: the float32 array, or its root."""
+    array = in_float32(array).astype(jnp.float32)
+    return jnp.sqrt(array) if encoding == "dynamic_root" else array
 
 
 def quantized_zeros(

@@ -9,6 +9,7 @@ from flax import nnx
 
 from galore_jax.models.attention import causal_attention, rotary
 from galore_jax.models.config import LlamaConfig
+from galore_jax.models.embedding import embed
 from galore_jax.models.losses import cross_entropy
 from galore_jax.projected_grad import linear
 
@@ -35,10 +36,7 @@ class Embedding(nnx.Module):
 
     def __call__(self, tokens: jax.Array) -> jax.Array:
         """Rows (..., D) in the compute dtype for ids (...)."""
-        # Through float32, so that the backward scatter-add of a frequent token's many small
-        # gradients is not lost in a narrow param_dtype.
-        table = _value(self.embedding).astype(jnp.float32)
-        return jnp.take(table, tokens, axis=0, mode="fill").astype(self.dtype)
+        return embed(_value(self.embedding), tokens, self.dtype)
 
 
 class Linear(nnx.Module):

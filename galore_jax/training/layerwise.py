@@ -193,8 +193,9 @@ class _LayerwiseStep:
 
         tied_grads = {"embed": head_grads.pop("embed")} if self.model.tie_embeddings else {}
         of_head = visit_outer(head, head_grads)
-        # The head's gradient is not to outlive its update.
-        dx, of_head = jax.lax.optimization_barrier((dx, of_head))
+        # The head's gradient is not to outlive its update. (Waiting for the new weights themselves
+        # would keep them from being written over the old ones.)
+        dx, _ = jax.lax.optimization_barrier((dx, of_head.owned))
 
         def layer_step(carry: Any, this: Any) -> tuple[Any, Any]:
             weights, owned, dx, squares = carry

@@ -1,7 +1,6 @@
 """The compiler's memory plan of a config's own training step, for any target."""
 
 import functools
-import time
 from typing import Any
 
 import jax
