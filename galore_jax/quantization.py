@@ -343,15 +343,15 @@ def _dynamic_step(share: jax.Array, top: int, up: jax.typing.ArrayLike) -> jax.A
     belongs to the decade below or above, so that between any two values it is linear.
     """
     least = top - _DECADES
-    decade = jnp.zeros_like(share)
+    decade = jnp.zeros(share.shape, jnp.int32)
     stretch = jnp.full_like(share, 10.0**_DECADES * 2.0**least / 0.9)
     for k in range(_DECADES):
         above = share >= 10.0 ** (k - _DECADES)
-        decade = jnp.where(above, k + 1.0, decade)
+        decade = jnp.where(above, k + 1, decade)
         stretch = jnp.where(
             above, 10.0 ** (_DECADES - 1 - k) * 2.0 ** (least + k + 1) / 0.9, stretch
         )
-    bins = _power_of_two(decade.astype(jnp.int32) + least)
+    bins = _power_of_two(decade + least)
     at = share * stretch - bins / 9 - 0.5
     below = jnp.where(decade == 0, 1 / (2.0**least / 9 + 0.5), 5 / 3)
     beyond = jnp.where(decade == _DECADES, 2.0, 1 / 3)
@@ -371,7 +371,8 @@ def _dynamic_value(number: jax.Array, top: int) -> jax.Array:
     power *= jnp.where(exponent & 4, 625.0, 1.0)
     value = (18 * of - 16 * bins + 9) * power / (2 * 10.0 ** (top + 1))
     value = jnp.where(number >= 2 ** (top + 1), 1.0, value)
-    return jnp.where(number == 0, 0.0, value)
+    # Not a choice between this and 0: XLA may keep an array of zeros from elsewhere for it.
+    return value * jnp.minimum(number, 1)
 
 
 def _power_of_two(exponent: jax.Array) -> jax.Array:

@@ -117,7 +117,14 @@ class Block(nnx.Module):
 
     def __call__(self, x: jax.Array, positions: jax.Array) -> jax.Array:
         """(B, S, D) to (B, S, D); ``positions`` is (S,) or (B, S)."""
-        x = x + self.attn(self.input_norm(x), positions)
+        return self.feed_forward(self.attend(x, positions))
+
+    def attend(self, x: jax.Array, positions: jax.Array) -> jax.Array:
+        """The first half of the block."""
+        return x + self.attn(self.input_norm(x), positions)
+
+    def feed_forward(self, x: jax.Array) -> jax.Array:
+        """The second half."""
         return x + self.mlp(self.post_attention_norm(x))
 
 

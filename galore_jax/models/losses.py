@@ -95,7 +95,9 @@ def _chunked_nll_fwd(linear, hidden, head, labels):
         head_grad = jax.tree.map(lambda total, g: total + g, head_grad, chunk_head_grad)
         return (total + nll, head_grad), x_grad
 
-    zeros = jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, jnp.float32), head)
+    # Zeros that XLA does not know for zeros: those it would share with, and keep for, later ones.
+    zero = jax.lax.optimization_barrier(jnp.float32(0.0))
+    zeros = jax.tree.map(lambda leaf: jnp.full(leaf.shape, zero), head)
     (total, head_grad), hidden_grad = jax.lax.scan(
         add_chunk, (jnp.float32(0.0), zeros), (hidden, labels)
     )

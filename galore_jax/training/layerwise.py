@@ -46,6 +46,7 @@ def make_layerwise_step(
     rounding: Rounding = "nearest",
     refresh: bool | None = None,
     projected: ProjectedMode | None = None,
+    side_by_side: bool = True,
 ) -> Callable[[TrainState, Batch], tuple[TrainState, Metrics]]:
     """:func:`galore_jax.training.steps.make_train_step` with one layer's gradient at a time.
 
@@ -53,12 +54,17 @@ def make_layerwise_step(
       model, schedule, rounding, refresh, projected: as there.
       tx: an optimizer that keeps the leaves apart, for a model with one layer (no leading axis
         under ``blocks``). The state is the one that the same optimizer has for stacked layers.
-      micro_batches: number of parts of a batch. More than one needs ``projected``: the projected
-        gradients of all layers add up before the last part's backward pass makes the updates. A
-        new basis from the whole batch keeps the blocks' inputs of all parts in that step.
+      micro_batches: number of parts of a batch.
+      side_by_side: whether all parts go through a layer before the next one's turn, which keeps
+        the blocks' inputs of the whole batch. Otherwise, with ``projected`` alone, one part goes
+        through all layers after the other: that keeps the float32 sums of all projected gradients
+        (and the blocks' inputs of the whole batch where a new basis is to come from that).
+
+    Raises:
+      ValueError: full gradients of parts one after the other.
     """
-    if micro_batches > 1 and projected is None:
-        raise ValueError("micro-batches of a layerwise update need projected gradients")
+    if not side_by_side and projected is None:
+        raise ValueError("micro-batches one after the other need projected gradients")
     step = _LayerwiseStep(model, tx, rounding, refresh, projected)
 
     def train_step(state: TrainState, batch: Batch) -> tuple[TrainState, Metrics]:
@@ -66,7 +72,7 @@ def make_layerwise_step(
         per_target = 1.0 / jnp.maximum(tokens, 1).astype(jnp.float32)
         parts = jax.tree.map(lambda x: x.reshape(micro_batches, -1, *x.shape[1:]), batch)
         at_once = refresh and projected is not None and projected.refresh_from == "batch"
-        if micro_batches == 1 or at_once:
+        if side_by_side or micro_batches == 1 or at_once:
             state, metrics, _ = step.walk(state, parts, per_target, full=step.is_full)
         else:
             state, metrics = step.add_up_and_walk(state, parts, per_target)
@@ -303,7 +309,16 @@ class _LayerwiseStep:
 
     def _block(self, layer: Any, x: jax.Array) -> jax.Array:
         positions = jnp.arange(x.shape[1], dtype=jnp.int32)
-        return nnx.merge(self.block, layer)(x, positions)
+
+        def attend(layer: Any, x: jax.Array) -> jax.Array:
+            return nnx.merge(self.block, layer).attend(x, positions)
+
+        def feed_forward(layer: Any, x: jax.Array) -> jax.Array:
+            return nnx.merge(self.block, layer).feed_forward(x)
+
+        if self.model.remat:  # the backward pass keeps one half's activations at a time
+            attend, feed_forward = jax.checkpoint(attend), jax.checkpoint(feed_forward)
+        return feed_forward(layer, attend(layer, x))
 
     def _forward(self, params: Any, tokens: jax.Array) -> tuple[jax.Array, jax.Array]:
         """The last block's output, (k, B, S, D), and the input of each, (L, k, B, S, D)."""
@@ -320,19 +335,13 @@ class _LayerwiseStep:
         """The loss, the gradients of the weights behind the blocks, and that of the input."""
         keys = ("final_norm", "embed" if self.model.tie_embeddings else "lm_head")
 
-        def of_part(part: Any) -> tuple[Any, jax.Array]:
-            x, targets = part
+        def loss(weights: Any, x: jax.Array) -> jax.Array:
+            model = llama.apply(self.graphdef, {**params, **weights})
+            return model.nll(model.final_norm(x), _joined(targets))[0] * per_target
 
-            def loss(weights: Any, x: jax.Array) -> jax.Array:
-                model = llama.apply(self.graphdef, {**params, **weights})
-                return model.nll(model.final_norm(x), targets)[0] * per_target
-
-            weights = {key: params[key] for key in keys}
-            value, (grads, dx) = jax.value_and_grad(loss, argnums=(0, 1))(weights, x)
-            return (value, grads), dx
-
-        (loss, grads), dx = _over_parts(of_part, (x, targets))
-        return loss, grads, dx
+        weights = {key: params[key] for key in keys}
+        value, (grads, dx) = jax.value_and_grad(loss, argnums=(0, 1))(weights, _joined(x))
+        return value, grads, dx.reshape(x.shape)
 
     def _layer(self, layer: Any, x: jax.Array, dx: jax.Array) -> tuple[Any, jax.Array]:
         """A block's gradients with respect to its variables and to its input."""
@@ -347,14 +356,10 @@ class _LayerwiseStep:
         return _over_parts(of_part, (x, dx))
 
     def _embedding(self, params: Any, tokens: jax.Array, dx: jax.Array) -> Any:
-        def of_part(part: Any) -> tuple[Any, Any]:
-            tokens, dx = part
-            run = lambda embed: llama.apply(  # noqa: E731
-                self.graphdef, {**params, "embed": embed}
-            ).embed(tokens)
-            return jax.vjp(run, params["embed"])[1](dx)[0], ()
+        def run(weights: Any) -> jax.Array:
+            return llama.apply(self.graphdef, {**params, "embed": weights}).embed(_joined(tokens))
 
-        return _over_parts(of_part, (tokens, dx))[0]
+        return jax.vjp(run, params["embed"])[1](_joined(dx))[0]
 
 
 class _Visited(NamedTuple):
@@ -386,8 +391,15 @@ def _over_parts(of_part: Callable[[Any], tuple[Any, Any]], parts: Any) -> tuple[
         return jax.tree.map(lambda a, b: a + b, total, this), rest
 
     shapes, _ = jax.eval_shape(of_part, jax.tree.map(lambda x: x[0], parts))
-    zeros = jax.tree.map(lambda x: jnp.zeros(x.shape, jnp.float32), shapes)
+    # Of what XLA does not know for zeros, see galore_jax.models.losses.
+    zero = jax.lax.optimization_barrier(jnp.float32(0.0))
+    zeros = jax.tree.map(lambda x: jnp.full(x.shape, zero), shapes)
     return jax.lax.scan(add, zeros, parts)
+
+
+def _joined(parts: jax.Array) -> jax.Array:
+    """Micro-batches side by side as one batch."""
+    return parts.reshape(-1, *parts.shape[2:])
 
 
 def _assembled(treedef: Any, *groups: tuple[Sequence[int], Sequence[Any]]) -> Any:

@@ -6,6 +6,7 @@ from collections.abc import Callable
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import optax
 
 from galore_jax.errors import UserError
@@ -42,25 +43,39 @@ def gradient_shapes(config: Config, state: steps.TrainState) -> Any:
     return jax.eval_shape(lambda p, s: variables_of(kernels(p, s)), state.params, state.opt_state)
 
 
+def side_by_side(config: Config) -> bool:
+    """Whether the micro-batches of a layerwise update go through the layers side by side.
+
+    They do unless the blocks' inputs of a whole batch would take more memory than the float32 sums
+    of all projected gradients.
+    """
+    if not settings.projected_gradients(config):
+        return True
+    model = settings.model_config(config)
+    tokens = config.batch_size * config.data.seq_len
+    inputs = tokens * model.hidden_size * model.num_layers * jnp.dtype(model.dtype).itemsize
+    state = abstract_state(config, make_optimizer(config))
+    sums = sum(4 * leaf.size for leaf in jax.tree.leaves(gradient_shapes(config, state)))
+    return inputs <= sums
+
+
+def abstract_state(config: Config, tx: optax.GradientTransformationExtraArgs) -> steps.TrainState:
+    """The shapes of the state of a run."""
+    init = functools.partial(steps.init_state, settings.model_config(config), tx)
+    return jax.eval_shape(init, jax.random.key(config.seed))
+
+
 def _layerwise_optimizer(config: Config) -> optax.GradientTransformationExtraArgs:
     """The optimizer of a single layer, if that is enough to know.
 
     Raises:
-      UserError: clipping by the global norm, micro-batches of full gradients, an optimizer that
-        needs all leaves at once.
+      UserError: clipping by the global norm, an optimizer that needs all leaves at once.
     """
     with_layers = "config.updates='layerwise' cannot be used with "
     if config.optimizer.clip_norm is not None:
         raise UserError(
             f"{with_layers}config.optimizer.clip_norm={config.optimizer.clip_norm}: the global "
             "norm is known only when all gradients are; give --config.optimizer.clip_norm=None"
-        )
-    projected = settings.projected_gradients(config)
-    if config.batch_size != config.micro_batch_size and not projected:
-        raise UserError(
-            f"{with_layers}config.batch_size={config.batch_size} and "
-            f"config.micro_batch_size={config.micro_batch_size}: full gradients would have to be "
-            "kept to be added up; give equal ones, or GaLore with projected_gradients"
         )
     tx = make_optimizer(config, stacked=False)
     model = dataclasses.replace(settings.model_config(config), num_layers=1)
@@ -83,7 +98,7 @@ def train_steps(config: Config, tx: optax.GradientTransformationExtraArgs) -> di
     Raises:
       UserError: a layerwise update of what cannot be updated so.
     """
-    given = {"rounding": config.param_rounding}
+    given: dict[str, Any] = {"rounding": config.param_rounding}
     parts = config.batch_size // config.micro_batch_size
     model, schedule = settings.model_config(config), settings.learning_rate(config)
     projected = None
@@ -92,6 +107,7 @@ def train_steps(config: Config, tx: optax.GradientTransformationExtraArgs) -> di
     make, of_step = steps.make_train_step, tx
     if config.updates == "layerwise":
         make, of_step = make_layerwise_step, _layerwise_optimizer(config)
+        given["side_by_side"] = side_by_side(config)
     kinds = [False]
     if config.method == "galore":
         kinds = [True] if config.galore.update_proj_gap == 1 else [False, True]

@@ -1,15 +1,12 @@
 """The compiler's memory plan of a config's own training step, for any target."""
 
-import functools
-from typing import Any
-
 import jax
 import numpy as np
 from jax.sharding import SingleDeviceSharding
 
 from galore_jax.memory import CompiledPlan, compiled_plan
 from galore_jax.targets import Target
-from galore_jax.training import modes, settings, steps
+from galore_jax.training import modes, steps
 from galore_jax.training.optimizers import make_optimizer
 from galore_jax.training.settings import Config
 
@@ -20,15 +17,14 @@ def abstract_batch(config: Config, sequences: int) -> steps.Batch:
     return {"tokens": shape, "targets": shape}  # pyright: ignore[reportReturnType]
 
 
-def abstract_state(config: Config, tx: Any) -> steps.TrainState:
-    """The shapes of the state of a run."""
-    init = functools.partial(steps.init_state, settings.model_config(config), tx)
-    return jax.eval_shape(init, jax.random.key(config.seed))
+def plan_step(config: Config, target: Target, refresh: bool) -> CompiledPlan:
+    """The plan of the step with or without a new basis, compiled for a target.
 
-
-def plan(config: Config, target: Target, refresh: bool) -> CompiledPlan:
+    Raises:
+      UserError: settings that do not fit together, or that the target's compiler refuses.
+    """
     tx = make_optimizer(config)
-    state = abstract_state(config, tx)
+    state = modes.abstract_state(config, tx)
     step = modes.train_steps(config, tx)[refresh]
     place = SingleDeviceSharding(target.device)
     compiled = (

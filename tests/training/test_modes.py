@@ -106,13 +106,25 @@ def test_projected_is_standard(name, updates):
             assert mine["projected_grad_norm"] < mine["grad_norm"]
 
 
-@pytest.mark.parametrize("updates", ["standard", "layerwise"])
-def test_micro_batches_are_one_batch(updates):
-    settings_of = OPTIMIZERS["adamw"]
-    state, metrics = run(
-        config_of("optimizer=adamw", updates=updates, micro_batch_size=1, **settings_of)
-    )
-    expected, expected_metrics = run(config_of("optimizer=adamw", updates=updates, **settings_of))
+def one_after_the_other(monkeypatch):
+    monkeypatch.setattr(modes, "side_by_side", lambda config: False)
+
+
+@pytest.mark.parametrize(
+    ("arg", "updates", "prepare"),
+    [
+        ("", "standard", None),
+        ("", "layerwise", None),
+        ("", "layerwise", one_after_the_other),
+        ("method=full", "layerwise", None),
+    ],
+)
+def test_micro_batches_are_one_batch(arg, updates, prepare, monkeypatch):
+    if prepare:
+        prepare(monkeypatch)
+    settings_of = {"updates": updates, **OPTIMIZERS["adamw"]}
+    state, metrics = run(config_of(arg, micro_batch_size=1, **settings_of))
+    expected, expected_metrics = run(config_of(arg, **settings_of))
     check_same(state, expected)
     for mine, theirs in zip(metrics, expected_metrics, strict=True):
         for key in theirs:
@@ -120,35 +132,42 @@ def test_micro_batches_are_one_batch(updates):
 
 
 @pytest.mark.parametrize("updates", ["standard", "layerwise"])
-def test_a_basis_from_a_micro_batch_is_that_of_its_gradient(updates):
-    whole = config_of(updates=updates, **OPTIMIZERS["adamw"])
-    parts = config_of(
-        updates=updates,
-        micro_batch_size=1,
-        galore__refresh_from="micro_batch",
-        **OPTIMIZERS["adamw"],
-    )
+def test_a_basis_from_a_micro_batch_is_that_of_its_gradient(updates, monkeypatch):
+    one_after_the_other(monkeypatch)
+    shared = {"updates": updates, **OPTIMIZERS["adamw"]}
+    whole = config_of(**shared)
+    parts = config_of(micro_batch_size=1, galore__refresh_from="micro_batch", **shared)
     tx = make_optimizer(whole)
-    init = functools.partial(steps.init_state, settings.model_config(whole), tx)
-    state = jax.jit(init)(jax.random.key(0))
+    state = jax.jit(functools.partial(steps.init_state, settings.model_config(whole), tx))(
+        jax.random.key(0)
+    )
+    on_whole = jax.jit(modes.train_steps(whole, tx)[True])
     batch = batches(whole)[0]
-    first = jax.tree.map(lambda x: x[:1], batch)
-    from_first, _ = jax.jit(modes.train_steps(whole, tx)[True])(state, first)
+    from_first, _ = on_whole(state, jax.tree.map(lambda x: x[:1], batch))
+    from_whole, expected = on_whole(state, batch)
     from_parts, metrics = jax.jit(modes.train_steps(parts, tx)[True])(state, batch)
-    check_same(from_parts.opt_state.projector, from_first.opt_state.projector)
-    # The update is of the whole batch: in its loss, and in moments that another batch would change.
-    _, expected = jax.jit(modes.train_steps(whole, tx)[True])(state, batch)
+    projector = lambda s: jax.device_get(s.opt_state.projector)  # noqa: E731
+    check_same(projector(from_parts), projector(from_first))
+    with pytest.raises(AssertionError):
+        check_same(projector(from_parts), projector(from_whole))
+    # The update itself is of the whole batch.
     np.testing.assert_allclose(metrics["loss"], expected["loss"], rtol=1e-6)
     head = lambda s: s.opt_state.inner_state[0].mu["lm_head"]["kernel"]  # noqa: E731
-    whole_head, _ = jax.jit(modes.train_steps(whole, tx)[True])(state, batch)
-    np.testing.assert_allclose(head(from_parts), head(whole_head), atol=1e-7)
+    np.testing.assert_allclose(head(from_parts), head(from_whole), atol=1e-7)
+
+
+def test_micro_batches_go_side_by_side_while_that_takes_less_memory():
+    # Inputs of 2 blocks, 4 x 16 x 16 tokens of float32; sums of some 2 x 1,024 + 2 x 64 x 16.
+    few, many = config_of(updates="layerwise"), config_of(updates="layerwise", batch_size=4096)
+    assert modes.side_by_side(few)
+    assert not modes.side_by_side(many)
+    assert modes.side_by_side(config_of("method=full", updates="layerwise", batch_size=4096))
 
 
 @pytest.mark.parametrize(
     ("arg", "overrides", "named"),
     [
         ("", {"optimizer__clip_norm": 1.0}, "clip_norm"),
-        ("method=full", {"micro_batch_size": 2}, "micro_batch_size"),
         ("optimizer=prodigy", {}, "prodigy"),
         ("method=full,optimizer=noisy_sgd", {}, "noisy_sgd"),
     ],
