@@ -187,3 +187,12 @@ def memory_table(
             f" + temporary {plan.temporary / 2**20:,.1f}"
         )
     return "\n".join(lines)
+
+
+if __name__ == "__main__":
+    # The command compiles the trainer's steps, which are above this module: it is only named here.
+    import sys
+
+    from galore_jax.training.memory_command import main
+
+    sys.exit(main(sys.argv))

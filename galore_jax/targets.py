@@ -4,6 +4,7 @@ import contextlib
 import dataclasses
 import difflib
 import importlib.resources
+import importlib.util
 import os
 import tomllib
 from collections.abc import Iterator
@@ -30,6 +31,7 @@ class Target:
       platform: ``"cpu"``, ``"cuda"``, ``"tpu"``, or JAX's name of this machine's own.
       memory: bytes that programs can have; None if that is not known.
       device: JAX's, to compile for.
+      bfloat16_products: whether its compiler takes matrix products in bfloat16.
     """
 
     name: str
@@ -37,6 +39,7 @@ class Target:
     platform: str
     memory: int | None
     device: Any
+    bfloat16_products: bool = True
 
     @property
     def is_here(self) -> bool:
@@ -59,6 +62,9 @@ def prepare_process() -> None:
     Without effect on a machine with a GPU of its own, whose flags are left alone.
     """
     os.environ.setdefault("JAX_SKIP_CUDA_CONSTRAINTS_CHECK", "1")
+    os.environ.setdefault("TPU_SKIP_MDS_QUERY", "1")
+    os.environ.setdefault("TPU_WORKER_HOSTNAMES", "localhost")
+    os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
     given = os.environ.get("XLA_FLAGS", "").split()
     added = [flag for flag in _GPU_FLAGS if flag.split("=")[0] not in " ".join(given)]
     os.environ["XLA_FLAGS"] = " ".join([*given, *added])
@@ -111,7 +117,14 @@ def _compiled_for(name: str, facts: dict[str, Any]) -> Target:
             device = _gpu(name, _target_config(facts))
         else:
             raise UserError(f"--target={name}: platform must be cuda or tpu, got {platform!r}")
-        return Target(name, facts["label"], platform, int(facts["memory"]), device)
+        return Target(
+            name,
+            facts["label"],
+            platform,
+            int(facts["memory"]),
+            device,
+            facts.get("bfloat16_products", True),
+        )
 
 
 @contextlib.contextmanager

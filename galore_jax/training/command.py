@@ -46,12 +46,14 @@ def parse(argv: list[str], *, usage: str, configs: Path) -> Arguments | None:
     values = flags.FlagValues()
     try:
         argv = _found(argv, configs)
+        argv, cleared = _cleared(argv, configs)
         config_flag = config_flags.DEFINE_config_file(
             "config", str(configs / "sample.py"), flag_values=values, sys_argv=argv
         )
         flags.DEFINE_string("workdir", None, "", flag_values=values)
         rest = values(argv)
         config = config_flag.value
+        config.update_from_flattened_dict(dict.fromkeys(cleared))
         method, optimizer = config.method, config.optimizer.name
     except (
         flags.Error,
@@ -114,6 +116,23 @@ def _found(argv: list[str], configs: Path) -> list[str]:
             argument = f"--config={value}"
         found.append(argument)
     return found
+
+
+def _cleared(argv: list[str], configs: Path) -> tuple[list[str], list[str]]:
+    """The arguments without those that set a key back to None, which absl cannot parse; and these.
+
+    Only keys whose default is None can be.
+    """
+    optional = {key for key, value in _declared(configs).items() if value.split()[0] == "None"}
+    rest, cleared = [], []
+    for argument in argv:
+        key, _, value = argument.lstrip("-").partition("=")
+        key = key.removeprefix("config.")
+        if value == "None" and key in optional and argument.startswith("-"):
+            cleared.append(key)
+        else:
+            rest.append(argument)
+    return rest, cleared
 
 
 def _declared(configs: Path) -> dict[str, str]:

@@ -10,6 +10,7 @@ import jax.numpy as jnp
 import optax
 
 from galore_jax.errors import UserError
+from galore_jax.memory import tree_bytes
 from galore_jax.models.llama import init_params
 from galore_jax.projected_grad import projected_kernels, variables_of
 from galore_jax.stacks import keeps_leaves_apart
@@ -41,6 +42,19 @@ def gradient_shapes(config: Config, state: steps.TrainState) -> Any:
         projected_kernels, proj_type=config.galore.proj_type, kernels=steps.BLOCK_KERNELS
     )
     return jax.eval_shape(lambda p, s: variables_of(kernels(p, s)), state.params, state.opt_state)
+
+
+def gradient_bytes(config: Config, state: steps.TrainState) -> int:
+    """Bytes of the gradients that exist at once in a step without a new basis, sums included."""
+    parts = config.batch_size // config.micro_batch_size
+    shapes = gradient_shapes(config, state)
+    if config.updates != "layerwise":
+        return steps.gradient_bytes(shapes, parts)
+    layer = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape[1:], x.dtype), shapes["blocks"])
+    outer = [steps.gradient_bytes(x, 1) for key, x in shapes.items() if key != "blocks"]
+    if side_by_side(config):
+        return max(steps.gradient_bytes(layer, parts), *outer)
+    return max(tree_bytes(layer), *outer) + 4 * sum(x.size for x in jax.tree.leaves(shapes))
 
 
 def side_by_side(config: Config) -> bool:

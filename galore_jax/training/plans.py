@@ -1,14 +1,34 @@
-"""The compiler's memory plan of a config's own training step, for any target."""
+"""The compiler's memory plan of a config's own steps, for any target, and what would fit."""
+
+import re
+from collections.abc import Callable, Iterator
+from typing import Any
 
 import jax
 import numpy as np
 from jax.sharding import SingleDeviceSharding
 
+from galore_jax.errors import UserError
 from galore_jax.memory import CompiledPlan, compiled_plan
 from galore_jax.targets import Target
 from galore_jax.training import modes, steps
 from galore_jax.training.optimizers import make_optimizer
 from galore_jax.training.settings import Config
+
+_UNITS = {"K": 2**10, "M": 2**20, "G": 2**30}
+
+
+class DoesNotFit(UserError):
+    """A compiler that gives up because the program takes more memory than there is.
+
+    Attributes:
+      needed: bytes, as far as the compiler says; else 0.
+    """
+
+    def __init__(self, message: str):
+        super().__init__(message)
+        said = re.search(r"(?:Used|temporaries \()\s*([\d.]+)([KMG])", message)
+        self.needed = int(float(said[1]) * _UNITS[said[2]]) if said else 0
 
 
 def abstract_batch(config: Config, sequences: int) -> steps.Batch:
@@ -17,19 +37,97 @@ def abstract_batch(config: Config, sequences: int) -> steps.Batch:
     return {"tokens": shape, "targets": shape}  # pyright: ignore[reportReturnType]
 
 
-def plan_step(config: Config, target: Target, refresh: bool) -> CompiledPlan:
-    """The plan of the step with or without a new basis, compiled for a target.
+def plan_steps(config: Config, target: Target) -> dict[str, CompiledPlan]:
+    """The plans of a run's steps, by their names, compiled for a target.
 
     Raises:
+      DoesNotFit: the compiler gives up for lack of memory.
       UserError: settings that do not fit together, or that the target's compiler refuses.
     """
+    if config.dtype == "bfloat16" and not target.bfloat16_products:
+        raise UserError(
+            f"XLA refuses matrix products in bfloat16 for a {target.label}; give "
+            "--config.dtype=float32, or float16 (weights may stay in bfloat16)"
+        )
     tx = make_optimizer(config)
     state = modes.abstract_state(config, tx)
-    step = modes.train_steps(config, tx)[refresh]
     place = SingleDeviceSharding(target.device)
-    compiled = (
-        jax.jit(step, donate_argnums=0, in_shardings=place, out_shardings=place)
-        .lower(state, abstract_batch(config, config.batch_size))
-        .compile()
-    )
-    return compiled_plan(compiled, target.label)
+    plans = {}
+    for refresh, step in modes.train_steps(config, tx).items():
+        jitted = jax.jit(step, donate_argnums=0, in_shardings=place, out_shardings=place)
+        lowered = jitted.lower(state, abstract_batch(config, config.batch_size))
+        plan = compiled_plan(compile_or_say(lowered), target.label)
+        if plan is None:
+            raise UserError(f"the compiler for {target.label} tells no memory plan")
+        plans[modes.step_name(config, refresh)] = plan
+    return plans
+
+
+def compile_or_say(lowered: jax.stages.Lowered) -> jax.stages.Compiled:
+    """``lowered.compile()``.
+
+    Raises:
+      DoesNotFit: the compiler gives up for lack of memory.
+    """
+    try:
+        return lowered.compile()
+    except jax.errors.JaxRuntimeError as error:
+        first = str(error).partition("\n")[0]
+        if "RESOURCE_EXHAUSTED" in first:
+            raise DoesNotFit(first) from error
+        raise
+
+
+def advice(
+    config: Config, fits: Callable[[Config], bool], say: Callable[[str], None]
+) -> list[str] | None:
+    """Settings with which a run fits, found by compiling: as few as it takes, in a fixed order.
+
+    The order: layerwise updates, 8-bit moments, recomputed blocks, smaller micro-batches, a lower
+    rank.
+
+    Args:
+      config: one that does not fit; it is left as it is.
+      fits: whether another config does.
+      say: told what is tried.
+
+    Returns:
+      The flags to add to the command, or None if even all of them are not enough.
+    """
+    tried, flags = config.copy_and_resolve_references(), {}
+    for change in _changes(tried):
+        tried.update_from_flattened_dict(change)
+        flags.update(change)
+        given = [f"--config.{key}={value}" for key, value in flags.items()]
+        say(f"trying {' '.join(given)}")
+        try:
+            if fits(tried):
+                return given
+        except DoesNotFit:
+            continue
+        except UserError as error:
+            say(f"not with this config: {error}")
+            break
+    return None
+
+
+def _changes(config: Config) -> Iterator[dict[str, Any]]:
+    """What to change next, given what has been changed so far."""
+    if config.updates != "layerwise":
+        change: dict[str, Any] = {"updates": "layerwise"}
+        if config.optimizer.clip_norm is not None:
+            change["optimizer.clip_norm"] = None
+        yield change
+    if config.optimizer.name in ("adam", "adamw"):
+        yield {"optimizer.name": "adamw8bit"}
+    if not config.remat:
+        yield {"remat": True}
+    while config.micro_batch_size > 1:
+        yield {"micro_batch_size": _smaller_divisor(config.batch_size, config.micro_batch_size)}
+    while config.method == "galore" and config.galore.rank > 64:
+        yield {"galore.rank": config.galore.rank // 2}
+
+
+def _smaller_divisor(batch: int, micro_batch: int) -> int:
+    """The largest divisor of the batch that is at most a quarter of the micro-batch, at least 1."""
+    return next(size for size in range(max(micro_batch // 4, 1), 0, -1) if batch % size == 0)
