@@ -8,28 +8,30 @@ from typing import Any, Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 import optax
-from jax.core import Tracer
 
 from galore_jax import projection
 from galore_jax.decay import update_and_decay
-from galore_jax.inner_state import at_nodes, find_first_moments, find_weights
+from galore_jax.inner_state import find_first_moments, find_weights
 from galore_jax.matrices import Matrix
 from galore_jax.projection import Projector, is_projected_gradient
 from galore_jax.quantization import (
     dequantize_tree,
     is_quantized,
-    quantize_like,
     quantized_zeros,
+)
+from galore_jax.refresh import (
+    Leaves,
+    Projectors,
+    Refresh,
+    check_not_due,
+    is_only,
+    refreshed_if,
+    replaced,
+    where,
 )
 from galore_jax.sharding import in_auto_mode, zeros_beside
 from galore_jax.stacks import layer_stacks, per_matrix
-
-# Of the leaves that are projected, by their index in the flat tree.
-Leaves = Mapping[int, jax.Array]
-Projectors = Mapping[int, Projector]
-Refresh = bool | jax.Array | Literal["only"] | None
 
 
 class GaLoreState(NamedTuple):
@@ -114,12 +116,12 @@ class LowRank:
 
         def on_operands(operands: Any) -> tuple[optax.Updates, GaLoreState]:
             updates, state, params, arrays = operands
-            when, extra_args = treedef.unflatten(_replaced(more, arrays))
+            when, extra_args = treedef.unflatten(replaced(more, arrays))
             return self._update(updates, state, params, when, extra_args)
 
         operands = updates, state, params, arrays
         some_projected = any(map(is_projected_gradient, _gradient_leaves(updates)))
-        in_full = params if some_projected and not _is_only(refresh) else updates
+        in_full = params if some_projected and not is_only(refresh) else updates
         return in_auto_mode(on_operands, operands, like=(in_full, state))
 
     def _update(
@@ -135,7 +137,7 @@ class LowRank:
         matrices = self._matrices(treedef.unflatten([_shape_of(leaf) for leaf in leaves]))
         projected = _coordinates(leaves, matrices)
         if projected and refresh is not False:
-            _check_not_due(refresh, state.count, self.update_proj_gap)
+            check_not_due(refresh, state.count, self.update_proj_gap)
             refresh = False
         gradients = _as_matrices(
             leaves, {i: matrix for i, matrix in matrices.items() if i not in projected}
@@ -144,7 +146,7 @@ class LowRank:
         stored = treedef.flatten_up_to(state.projector)
         kept = _checked(stored, matrices)
         shapes = treedef.unflatten(
-            _replaced(
+            replaced(
                 leaves,
                 {
                     i: jax.ShapeDtypeStruct(m.low_shape, leaves[i].dtype)
@@ -162,25 +164,27 @@ class LowRank:
         moments = {}
         if self.transport:
             moments = find_first_moments(state.inner_state, shapes, matrices)
-        kept, inner_state = self._refreshed_if(
+        key = jax.random.fold_in(jax.random.key(self.seed), state.count)
+        kept, inner_state = refreshed_if(
             state.count % self.update_proj_gap == 0
             if refresh is None
-            else _is_only(refresh) or refresh,
+            else is_only(refresh) or refresh,
+            functools.partial(self.find_basis, key=key),
             kept,
-            state,
+            state.inner_state,
             gradients,
             {i: (w / unit).astype(w.dtype) for i, w in weights.items()} if held else {},
             matrices,
             held.copies,
             moments,
         )
-        if _is_only(refresh):
-            bases = treedef.unflatten(_replaced(stored, kept))
+        if is_only(refresh):
+            bases = treedef.unflatten(replaced(stored, kept))
             return updates, GaLoreState(state.count, bases, inner_state)
         projectors = {i: dequantize_tree(projector) for i, projector in kept.items()}
 
         low_gradients = {**projected, **_low(gradients, projectors, matrices)}
-        low_updates = treedef.unflatten(_replaced(leaves, low_gradients))
+        low_updates = treedef.unflatten(replaced(leaves, low_gradients))
         low_weights: Leaves = {}
         decay: list[jax.Array | None] = [None] * len(matrices)
         if of_params is None:
@@ -191,7 +195,7 @@ class LowRank:
             low_weights = _low(weights, projectors, matrices)
             if held:
                 low_weights = {i: (w / unit).astype(w.dtype) for i, w in low_weights.items()}
-            low_params = treedef.unflatten(_replaced(of_params, low_weights))
+            low_params = treedef.unflatten(replaced(of_params, low_weights))
             if held.derived:
                 first = optimizer.init(low_params)
                 inner_state = _replaced_if(state.count == 0, held.derived, first, inner_state)
@@ -215,10 +219,10 @@ class LowRank:
             full[i] = matrix.from_matrix(back.astype(low[i].dtype))
         new_state = GaLoreState(
             optax.safe_increment(state.count),
-            treedef.unflatten(_replaced(stored, kept)),
+            treedef.unflatten(replaced(stored, kept)),
             inner_state,
         )
-        return treedef.unflatten(_replaced(low, full)), new_state
+        return treedef.unflatten(replaced(low, full)), new_state
 
     def _matrices(self, tree: Any, *, must_match: bool = False) -> dict[int, Matrix]:
         # An update may be of a part of the tree that init saw.
@@ -231,62 +235,6 @@ class LowRank:
         of_matrices = {i: matrix.stack_shape for i, matrix in matrices.items()}
         stacks = {**layer_stacks(tree, self.stacked_modules), **of_matrices}
         return per_matrix(self.optimizer, stacks)
-
-    def _refreshed_if(
-        self,
-        refresh: Any,
-        projectors: Projectors,
-        state: GaLoreState,
-        gradients: Leaves,
-        weights: Leaves,
-        matrices: Mapping[int, Matrix],
-        copies: Mapping[int, int],
-        moments: Mapping[int, int],
-    ) -> tuple[Projectors, optax.OptState]:
-        """New bases if ``refresh``, and what of the optimizer's state follows them."""
-        nodes, treedef = jax.tree.flatten(state.inner_state, is_leaf=is_quantized)
-        copies = at_nodes(nodes, copies)
-        followers = {position: nodes[position] for position in (*copies, *moments)}
-
-        def refreshed(
-            operands: tuple[Projectors, Mapping[int, Any]],
-        ) -> tuple[Projectors, Mapping[int, Any]]:
-            stored, followers = operands
-            old = {i: dequantize_tree(projector) for i, projector in stored.items()}
-            key = jax.random.fold_in(jax.random.key(self.seed), state.count)
-            kept, new, finite = {}, {}, {}
-            for i, matrix in matrices.items():
-                is_finite = jnp.isfinite(gradients[i]).all(axis=(-2, -1), keepdims=True)
-                clean = jnp.where(is_finite, gradients[i], 0)
-                basis = self.find_basis(clean, matrix.rank, matrix.side, old=old[i], key=key)
-                keep = functools.partial(_where, is_finite)
-                kept[i] = jax.tree.map(keep, quantize_like(stored[i], basis), stored[i])
-                new[i], finite[i] = dequantize_tree(kept[i]), is_finite
-            moved = {}
-            for position, follower in followers.items():
-                array = dequantize_tree(follower)
-                i = copies[position] if position in copies else moments[position]
-                side = matrices[i].side
-                if position in copies:
-                    weight = weights[i].astype(array.dtype)
-                    before, after = (projection.project(weight, p, side) for p in (old[i], new[i]))
-                    there = after + projection.transport(array - before, old[i], new[i], side)
-                else:
-                    there = projection.transport(array, old[i], new[i], side)
-                there = quantize_like(follower, there)
-                moved[position] = jax.tree.map(
-                    functools.partial(_where, finite[i]), there, follower
-                )
-            return kept, moved
-
-        operands = projectors, followers
-        if isinstance(refresh, bool | np.bool_):
-            projectors, followers = refreshed(operands) if refresh else operands
-        elif jnp.shape(refresh) == () and jnp.issubdtype(jnp.result_type(refresh), jnp.bool_):
-            projectors, followers = jax.lax.cond(refresh, refreshed, lambda same: same, operands)
-        else:
-            raise TypeError(f"refresh must be a bool, a () bool array or None, got {refresh!r}")
-        return projectors, treedef.unflatten(_replaced(nodes, followers))
 
 
 def _empty_projector(
@@ -310,14 +258,6 @@ def _projector_shape(matrix: Matrix) -> Any:
     return jax.eval_shape(
         lambda: projection.empty_projector(matrix.matrix_shape, matrix.rank, matrix.side, "float32")
     )
-
-
-def _where(condition: jax.Array, new: jax.Array, old: jax.Array) -> jax.Array:
-    return jnp.where(condition, new.astype(old.dtype), old)
-
-
-def _is_only(refresh: Refresh) -> bool:
-    return isinstance(refresh, str) and refresh == "only"
 
 
 def _gradient_leaves(updates: optax.Updates) -> list[Any]:
@@ -345,16 +285,6 @@ def _coordinates(leaves: Sequence[Any], matrices: Mapping[int, Matrix]) -> dict[
     return {i: gradient.coordinates for i, gradient in found.items()}
 
 
-def _check_not_due(refresh: Any, count: Any, update_proj_gap: Any) -> None:
-    """Projected gradients cannot change the basis: they must come where it is not due."""
-    concrete = not isinstance(count, Tracer) and refresh is None
-    if not concrete or count % update_proj_gap == 0:
-        raise ValueError(
-            "a new basis needs the full gradients, and these are projected: give full ones with "
-            "refresh=True, projected ones with refresh=False"
-        )
-
-
 def _as_matrices(leaves: Sequence[Any], matrices: Mapping[int, Matrix]) -> dict[int, jax.Array]:
     return {i: matrix.to_matrix(leaves[i]) for i, matrix in matrices.items()}
 
@@ -365,16 +295,12 @@ def _low(leaves: Leaves, projectors: Projectors, matrices: Mapping[int, Matrix])
     }
 
 
-def _replaced(leaves: Sequence[Any], by: Mapping[int, Any]) -> list[Any]:
-    return [by.get(i, leaf) for i, leaf in enumerate(leaves)]
-
-
 def _replaced_if(
     condition: jax.Array, positions: Iterable[int], new: optax.OptState, old: optax.OptState
 ) -> optax.OptState:
     news, (olds, treedef) = jax.tree.leaves(new), jax.tree.flatten(old)
     return treedef.unflatten(
-        _replaced(olds, {i: _where(condition, news[i], olds[i]) for i in positions})
+        replaced(olds, {i: where(condition, news[i], olds[i]) for i in positions})
     )
 
 

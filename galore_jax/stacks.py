@@ -201,6 +201,23 @@ def _find_layout(
     )
 
 
+def one_by_one(fn: Callable[[Any], Any], operands: Any, depth: int) -> Any:
+    """``fn`` of each element of stacks with ``depth`` leading axes, one after the other.
+
+    Unlike under ``jax.vmap``, what ``fn`` needs in between exists for one element at a time.
+
+    >>> import jax.numpy as jnp
+    >>> one_by_one(lambda x: x.sum(), jnp.ones((2, 3, 4)), depth=2).tolist()
+    [[4.0, 4.0, 4.0], [4.0, 4.0, 4.0]]
+    """
+    if not depth:
+        return fn(operands)
+    stack = jnp.shape(jax.tree.leaves(operands)[0])[:depth]
+    flat = jax.tree.map(lambda x: x.reshape(-1, *x.shape[depth:]), operands)
+    out = jax.lax.map(fn, flat)
+    return jax.tree.map(lambda x: x.reshape(*stack, *x.shape[1:]), out)
+
+
 def find_owners(state: optax.OptState, params: optax.Params) -> Owners:
     """The leaf that each array of a state belongs to: the one whose path its own path contains.
 
