@@ -42,6 +42,7 @@ def get_config(arg: str = "") -> ConfigDict:
     # With GaLore: never form a full gradient between two changes of basis. None: True where it can
     # be, that is without optimizer.clip_norm, which is of the full gradient.
     config.projected_gradients = config_dict.placeholder(bool)
+    config.ignore_memory_plan = False  # start even if the compiler's plan exceeds the memory
     config.remat = False  # recompute each block in the backward pass, to save memory
 
     config.model = ConfigDict()

@@ -1,7 +1,6 @@
 """The state of GaLore and one update of it: new bases, project, optimize, bring back."""
 
 import dataclasses
-import functools
 import warnings
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, Literal, NamedTuple
@@ -164,12 +163,17 @@ class LowRank:
         moments = {}
         if self.transport:
             moments = find_first_moments(state.inner_state, shapes, matrices)
-        key = jax.random.fold_in(jax.random.key(self.seed), state.count)
+
+        def new_basis(*arguments: Any, **more: Any) -> Projector:
+            # No key is made, and no random number drawn, where the basis stays.
+            key = jax.random.fold_in(jax.random.key(self.seed), state.count)
+            return self.find_basis(*arguments, key=key, **more)
+
         kept, inner_state = refreshed_if(
             state.count % self.update_proj_gap == 0
             if refresh is None
             else is_only(refresh) or refresh,
-            functools.partial(self.find_basis, key=key),
+            new_basis,
             kept,
             state.inner_state,
             gradients,

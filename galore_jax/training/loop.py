@@ -13,10 +13,11 @@ import numpy as np
 from galore_jax.data.batches import TextData
 from galore_jax.errors import UserError
 from galore_jax.memory import compiled_plan, memory_table
-from galore_jax.training import modes, settings, steps
+from galore_jax.training import fit, modes, settings, steps
 from galore_jax.training.checkpoints import Checkpoints, Restored
 from galore_jax.training.metrics import MetricsLog, write_run_record
 from galore_jax.training.optimizers import make_optimizer
+from galore_jax.training.plans import abstract_batch
 from galore_jax.training.progress import Progress, format_count, format_duration
 from galore_jax.training.signals import StopRequest
 from galore_jax.training.steps import TrainState
@@ -104,32 +105,29 @@ class _Run:
         """Compiles both steps, and prints what memory they will take."""
         config, begun = self.config, time.monotonic()
         print("compiling", flush=True)
-        parts = config.batch_size // config.micro_batch_size
 
-        def batch(sequences: int) -> steps.Batch:
-            shape = jax.ShapeDtypeStruct((sequences, config.data.seq_len), np.int32)
-            return {"tokens": shape, "targets": shape}  # pyright: ignore[reportReturnType]
-
-        self.train_steps = {
-            refresh: jax.jit(step, donate_argnums=0)
-            .lower(abstract_state, batch(config.batch_size))
-            .compile()
+        lowered = {
+            refresh: jax.jit(step, donate_argnums=0).lower(
+                abstract_state, abstract_batch(config, config.batch_size)
+            )
             for refresh, step in modes.train_steps(config, tx).items()
         }
+        self.train_steps = fit.compiled(config, lowered)
         self.eval_step = (
             jax.jit(steps.make_eval_step(settings.model_config(config)))
-            .lower(abstract_state.params, batch(config.micro_batch_size))
+            .lower(abstract_state.params, abstract_batch(config, config.micro_batch_size))
             .compile()
         )
         self.all_finite = jax.jit(steps.all_finite)
         device = jax.local_devices()[0].device_kind
         params, opt_state = abstract_state.params, abstract_state.opt_state
-        gradients = steps.gradient_bytes(modes.gradient_shapes(config, abstract_state), parts)
+        gradients = modes.gradient_bytes(config, abstract_state)
         plans = {
             modes.step_name(config, refresh): compiled_plan(step, device)
             for refresh, step in self.train_steps.items()
         }
         print(memory_table(params, opt_state, gradients, plans))
+        self.planned_memory = fit.check(config, plans)
         print(f"compiled in {time.monotonic() - begun:.1f} s", flush=True)
 
     def resume(self, restored: Restored) -> TrainState:
@@ -199,6 +197,7 @@ class _Run:
                 **norms,
                 "tokens": self.tokens,
                 "tokens_per_second": tokens_per_second,
+                **self._memory(),
             }
             metrics.write(line)
             progress.update(
@@ -209,6 +208,13 @@ class _Run:
             )
         else:
             progress.update(step)
+
+    def _memory(self) -> dict[str, int]:
+        """The plan, and the most that was in use so far where the device tells it, in bytes."""
+        stats = jax.local_devices()[0].memory_stats() or {}
+        if "peak_bytes_in_use" not in stats:
+            return {}
+        return {"planned_memory": self.planned_memory, "max_memory": stats["peak_bytes_in_use"]}
 
     def _evaluate(self, state: TrainState, metrics: MetricsLog, progress: Progress) -> None:
         """Mean loss over the held-out targets: each counts alike, whatever batch it is in."""

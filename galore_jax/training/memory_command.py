@@ -75,11 +75,7 @@ def _run(argv: list[str]) -> int:
     if report.fits is not False:
         return 0
     if not own.no_advice:
-
-        def fits(changed: Any) -> bool:
-            return bool(memory_report.make_report(changed, target).fits)
-
-        flags = advice(config, fits, _say)
+        flags = advice(config, target, _say)
         print("fits with " + " ".join(flags) if flags else "no settings were found that fit")
     return 2
 

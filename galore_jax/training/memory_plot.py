@@ -4,7 +4,7 @@ from pathlib import Path
 
 from galore_jax.errors import UserError
 from galore_jax.training.memory_compare import LORA
-from galore_jax.training.memory_report import Report, versions
+from galore_jax.training.memory_report import AT_A_NEW_BASIS, Report, versions
 
 # What belongs together has one colour family; colours are told apart without red and green.
 _PARTS = (
@@ -14,7 +14,8 @@ _PARTS = (
     ("first moments", ("first moments",), "#3f9fbf"),
     ("second moments", ("second moments",), "#8cc9dd"),
     ("scales and other state", ("quantisation scales", "other state"), "#c8e4ee"),
-    ("activations and workspace", ("activations and workspace",), "#c9c4bb"),
+    ("activations and workspace", ("activations and workspace",), "#b9b2a6"),
+    (AT_A_NEW_BASIS, (AT_A_NEW_BASIS,), "#e9e6e0"),
 )
 
 
@@ -59,17 +60,17 @@ def plot(reports: list[Report], path: Path, title: str) -> None:
         axes.axvline(capacity, color="#b03a2e", linewidth=1.4, linestyle="--")
         axes.text(
             capacity,
-            -0.62,
-            f"{target.label}: {capacity:,.1f} GiB ",
+            -0.56,
+            f" {target.label}: {capacity:,.1f} GiB ",
             color="#b03a2e",
             ha="right" if capacity > widest / 2 else "left",
             va="bottom",
             fontsize=9.5,
         )
     axes.set_xlim(0, widest * 1.09)
-    axes.set_ylim(len(reports) - 0.45, -0.75)
+    axes.set_ylim(len(reports) - 0.45, -0.6)
     axes.set_xlabel(f"GiB, compiled for {target.label} with {versions()}", fontsize=9.5)
-    axes.set_title(title, loc="left", fontsize=11.5)
+    axes.set_title(title, loc="left", fontsize=11.5, pad=22)
     for side in ("top", "right", "left"):
         axes.spines[side].set_visible(False)
     axes.tick_params(axis="y", length=0)

@@ -71,6 +71,7 @@ STATE = (
     "quantisation scales",
     "other state",
 )
+AT_A_NEW_BASIS = "more at a new basis"
 
 
 def make_report(config: Config, target: Target, method: str = "") -> Report:
@@ -85,13 +86,11 @@ def make_report(config: Config, target: Target, method: str = "") -> Report:
         compiled = plans.plan_steps(config, target)
     except plans.DoesNotFit as error:
         return Report(method, target, tuple(rows), {}, max(counted, error.needed))
-    return Report(
-        method,
-        target,
-        (*with_temporaries(rows, next(iter(compiled.values()))),),
-        compiled,
-        max(plan.peak for plan in compiled.values()),
-    )
+    everyday, peak = next(iter(compiled.values())), max(p.peak for p in compiled.values())
+    rows = with_temporaries(rows, everyday)
+    if peak > everyday.peak:
+        rows.append(Row(AT_A_NEW_BASIS, peak - everyday.peak, "compiled"))
+    return Report(method, target, tuple(rows), compiled, peak)
 
 
 def counted_rows(config: Config) -> list[Row]:

@@ -37,8 +37,12 @@ def abstract_batch(config: Config, sequences: int) -> steps.Batch:
     return {"tokens": shape, "targets": shape}  # pyright: ignore[reportReturnType]
 
 
-def plan_steps(config: Config, target: Target) -> dict[str, CompiledPlan]:
+def plan_steps(
+    config: Config, target: Target, *, all_steps: bool = True
+) -> dict[str, CompiledPlan]:
     """The plans of a run's steps, by their names, compiled for a target.
+
+    Unless ``all_steps``, those after one that exceeds the target's memory are left out.
 
     Raises:
       DoesNotFit: the compiler gives up for lack of memory.
@@ -60,6 +64,8 @@ def plan_steps(config: Config, target: Target) -> dict[str, CompiledPlan]:
         if plan is None:
             raise UserError(f"the compiler for {target.label} tells no memory plan")
         plans[modes.step_name(config, refresh)] = plan
+        if not all_steps and target.memory is not None and plan.peak > target.memory:
+            break
     return plans
 
 
@@ -78,9 +84,7 @@ def compile_or_say(lowered: jax.stages.Lowered) -> jax.stages.Compiled:
         raise
 
 
-def advice(
-    config: Config, fits: Callable[[Config], bool], say: Callable[[str], None]
-) -> list[str] | None:
+def advice(config: Config, target: Target, say: Callable[[str], None]) -> list[str] | None:
     """Settings with which a run fits, found by compiling: as few as it takes, in a fixed order.
 
     The order: layerwise updates, 8-bit moments, recomputed blocks, smaller micro-batches, a lower
@@ -88,7 +92,7 @@ def advice(
 
     Args:
       config: one that does not fit; it is left as it is.
-      fits: whether another config does.
+      target: what it does not fit.
       say: told what is tried.
 
     Returns:
@@ -101,8 +105,11 @@ def advice(
         given = [f"--config.{key}={value}" for key, value in flags.items()]
         say(f"trying {' '.join(given)}")
         try:
-            if fits(tried):
+            plans = plan_steps(tried, target, all_steps=False)
+            peak = max(plan.peak for plan in plans.values())
+            if target.memory is None or peak <= target.memory:
                 return given
+            say(f"not yet: {peak / 2**30:,.2f} GiB")
         except DoesNotFit:
             continue
         except UserError as error:
@@ -123,11 +130,14 @@ def _changes(config: Config) -> Iterator[dict[str, Any]]:
     if not config.remat:
         yield {"remat": True}
     while config.micro_batch_size > 1:
-        yield {"micro_batch_size": _smaller_divisor(config.batch_size, config.micro_batch_size)}
+        change = {"micro_batch_size": _smaller_divisor(config.batch_size, config.micro_batch_size)}
+        if config.method == "galore" and config.galore.refresh_from != "micro_batch":
+            change["galore.refresh_from"] = "micro_batch"
+        yield change
     while config.method == "galore" and config.galore.rank > 64:
         yield {"galore.rank": config.galore.rank // 2}
 
 
 def _smaller_divisor(batch: int, micro_batch: int) -> int:
-    """The largest divisor of the batch that is at most a quarter of the micro-batch, at least 1."""
-    return next(size for size in range(max(micro_batch // 4, 1), 0, -1) if batch % size == 0)
+    """The largest divisor of the batch that is at most an eighth of the micro-batch, at least 1."""
+    return next(size for size in range(max(micro_batch // 8, 1), 0, -1) if batch % size == 0)
