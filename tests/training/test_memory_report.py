@@ -1,0 +1,194 @@
+"""The memory report: counts against real arrays, plans against counts, advice that holds."""
+
+import dataclasses
+import functools
+import json
+
+import jax
+import pytest
+from tiny import ROOT, tiny_config, tiny_flags
+
+from galore_jax import targets
+from galore_jax.errors import UserError
+from galore_jax.memory import CompiledPlan
+from galore_jax.training import (
+    fit,
+    memory_command,
+    memory_compare,
+    memory_plot,
+    memory_report,
+    modes,
+    plans,
+    settings,
+    steps,
+)
+from galore_jax.training.command import parse
+from galore_jax.training.optimizers import make_optimizer
+
+CPU = targets.find_target("cpu")
+
+
+def config_of(method="8-bit GaLore, layerwise", **overrides):
+    # 8-bit moments are for leaves of 4,096 values: the embedding and the head have them.
+    config = tiny_config(**{"batch_size": 4, "micro_batch_size": 4, **overrides})
+    config.update_from_flattened_dict(memory_compare.METHODS[method])
+    return config
+
+
+@pytest.mark.parametrize("method", memory_compare.METHODS)
+@pytest.mark.parametrize("bits", [None, 4])
+def test_counted_bytes_are_those_of_the_arrays(method, bits):
+    config = config_of(method, galore__projector_bits=bits)
+    tx = make_optimizer(config)
+    init = functools.partial(steps.init_state, settings.model_config(config), tx)
+    state = jax.jit(init)(jax.random.key(0))
+    # Two 4-bit integers share a byte of the compiler's arguments, not of nbytes.
+    compiled = jax.jit(lambda s: s, donate_argnums=0).lower(state.opt_state).compile()
+    rows = {row.name: row.bytes for row in memory_report.counted_rows(config)}
+    assert rows["weights"] == sum(x.nbytes for x in jax.tree.leaves(state.params))
+    in_state = sum(rows[name] for name in memory_report.STATE)
+    analysis = compiled.memory_analysis()
+    assert in_state == analysis.argument_size_in_bytes
+
+
+def test_the_plans_arguments_are_what_was_counted():
+    # A model large enough for the batch and the metrics to be less than a thousandth.
+    config = config_of(model__hidden_size=64, model__intermediate_size=96, data__seq_len=8)
+    report = memory_report.make_report(config, CPU)
+    counted = report.bytes_of("weights") + report.optimizer_state
+    for plan in report.plans.values():
+        assert plan.arguments == pytest.approx(counted, rel=1e-3)
+        assert plan.aliased == pytest.approx(counted, rel=1e-3)
+    largest = max(plan.peak for plan in report.plans.values())
+    assert sum(row.bytes for row in report.rows) == pytest.approx(largest, rel=1e-3)
+    assert report.peak == largest
+
+
+@pytest.mark.parametrize(
+    ("method", "updates"), [("full", "standard"), ("galore", "standard"), ("galore", "layerwise")]
+)
+def test_gradients_are_those_of_the_mode(method, updates):
+    config = tiny_config(f"method={method}", updates=updates, batch_size=4, micro_batch_size=4)
+    state = modes.abstract_state(config, make_optimizer(config))
+    found = modes.gradient_bytes(config, state)
+    embedding = 8192 * 16
+    linears = 2 * (4 * 16 * 16 + 3 * 16 * 24)
+    low = 2 * (4 * 4 * 16 + 3 * 4 * 24)
+    norms = 5 * 16
+    expected = {
+        ("full", "standard"): 2 * embedding + linears + norms,
+        ("galore", "standard"): 2 * embedding + low + norms,
+        ("galore", "layerwise"): embedding,  # the largest that exists at once
+    }
+    assert found == 4 * expected[method, updates]
+
+
+def test_advice_fits():
+    config = tiny_config(batch_size=64, micro_batch_size=64, data__seq_len=64)
+    before = max(p.peak for p in plans.plan_steps(config, CPU).values())
+    small = dataclasses.replace(CPU, memory=before // 3)
+    said = []
+    flags = plans.advice(config, small, said.append)
+    assert flags is not None
+    assert flags[0] == "--config.updates=layerwise"
+    assert said
+    assert config.updates == "standard"  # as it was
+    changed = config.copy_and_resolve_references()
+    argv = ["x", f"--config={ROOT}/configs/sample.py", *flags]
+    parsed = parse(argv, usage="", configs=ROOT / "configs").config
+    for flag in flags:
+        key = flag.removeprefix("--config.").partition("=")[0]
+        value = functools.reduce(lambda c, k: c[k], key.split("."), parsed)
+        changed.update_from_flattened_dict({key: value})
+    assert max(p.peak for p in plans.plan_steps(changed, small).values()) <= small.memory
+
+
+def test_a_run_that_does_not_fit_is_not_started(monkeypatch):
+    small = dataclasses.replace(CPU, memory=10 * 2**20)
+    monkeypatch.setattr(fit, "find_target", lambda name: small)
+    monkeypatch.setattr(plans, "advice", lambda config, target, say: ["--config.remat=True"])
+    plan = {"training step": CompiledPlan("cpu", 8 * 2**20, 0, 0, 4 * 2**20)}
+    with pytest.raises(UserError, match=r"0\.00 GiB too few; .*--config\.remat=True"):
+        fit.check(tiny_config(), plan)
+    assert fit.check(tiny_config(ignore_memory_plan=True), plan) == 12 * 2**20
+
+
+def test_a_compiler_that_gives_up_is_a_run_that_does_not_fit(monkeypatch):
+    message = (
+        "RESOURCE_EXHAUSTED: Ran out of memory: the total memory required for HLO temporaries "
+        "(20.50G) exceeds available HBM (15.75G)"
+    )
+
+    def give_up(lowered):
+        raise plans.DoesNotFit(message)
+
+    monkeypatch.setattr(plans, "compile_or_say", give_up)
+    report = memory_report.make_report(config_of(), CPU)
+    assert report.fits is False
+    assert report.peak == int(20.5 * 2**30)
+    assert "gives up" in memory_report.table(report)
+
+
+def test_bfloat16_is_refused_where_xla_refuses_it():
+    t4 = dataclasses.replace(CPU, label="Tesla T4", bfloat16_products=False)
+    with pytest.raises(UserError, match="float32, or float16"):
+        plans.plan_steps(config_of(dtype="bfloat16"), t4)
+
+
+def test_command_writes_json_and_a_chart(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(ROOT)
+    monkeypatch.setenv("XLA_FLAGS", "")
+    flags = [
+        *tiny_flags(micro_batch_size=4),
+        "--compare",
+        "--target=cpu",
+        f"--json={tmp_path}/m.json",
+        f"--plot={tmp_path}/m.svg",
+    ]
+    assert memory_command.main(["memory", "--config=configs/sample.py", *flags]) == 0
+    out = capsys.readouterr().out
+    assert "8-bit GaLore, layerwise" in out
+    assert "compiled for cpu, not run on it" in " ".join(out.lower().split())
+    written = json.loads((tmp_path / "m.json").read_text())
+    assert written["format"] == 1
+    assert set(written["less_than_adamw"]) == {"state", "state_8bit", "total"}
+    report = written["reports"][0]
+    keys = {"method", "target", "versions", "rows", "optimizer_state", "plans", "peak", "fits"}
+    assert keys <= set(report)
+    assert report["rows"][0] == {
+        "name": "weights",
+        "bytes": report["rows"][0]["bytes"],
+        "source": "counted",
+    }
+    assert (tmp_path / "m.svg").read_text().startswith("<?xml")
+
+
+@pytest.mark.parametrize(
+    ("flags", "named"),
+    [
+        (["--target=rtx4080"], "did you mean rtx4090"),
+        (["--target=mine.toml"], "no such file"),
+        (["--plot=chart.jpg"], "must end in .png or .svg"),
+        (["--json=nowhere/m.json"], "no folder"),
+        (["--config.galore.rnak=3"], "galore.rank"),
+    ],
+)
+def test_bad_input_is_one_line(flags, named, monkeypatch, capsys):
+    monkeypatch.chdir(ROOT)
+    monkeypatch.setenv("XLA_FLAGS", "")
+    assert memory_command.main(["memory", "--config=configs/sample.py", *flags]) == 2
+    error = capsys.readouterr().err
+    assert named in error
+    assert error.count("\n") == 1
+
+
+def test_a_card_of_ones_own_must_be_complete(tmp_path):
+    card = tmp_path / "mine.toml"
+    card.write_text('[mine]\nlabel = "Mine"\nplatform = "cuda"\nmemory = 8_000_000_000\n')
+    with pytest.raises(UserError, match="lacks 'compute_capability'"):
+        targets.find_target(str(card))
+
+
+def test_plot_needs_a_known_ending(tmp_path):
+    with pytest.raises(UserError, match="png"):
+        memory_plot.plot([], tmp_path / "chart.pdf", "title")
