@@ -80,7 +80,7 @@ def svd_basis(gradient: jax.Array, rank: int, side: Side) -> Projector:
     [[0, 0], [1, 0], [0, 1]]
     """
     r = effective_rank(gradient.shape, rank)
-    u, _, vh = _each_matrix(_svd, in_float32(gradient))
+    u, _, vh = each_matrix(_svd, in_float32(gradient))
     left, right = u[..., :, :r], jnp.swapaxes(vh, -2, -1)[..., :, :r]
     if side == "both":
         return TwoSided(fix_signs(left), fix_signs(right))
@@ -210,14 +210,18 @@ def orthonormalized(columns: jax.Array) -> jax.Array:
     >>> orthonormalized(jnp.array([[-2.0, 1.0], [0.0, 3.0]])).tolist()
     [[-1.0, 0.0], [0.0, 1.0]]
     """
-    return _each_matrix(_qr, columns)
+    return each_matrix(_qr, columns)
 
 
-def _each_matrix(decompose: Callable[[jax.Array], Any], matrices: jax.Array) -> Any:
+def each_matrix(decompose: Callable[[jax.Array], Any], matrices: jax.Array) -> Any:
     """Decomposes a stack, on CPU one matrix after the other.
 
     With jaxlib 0.10.2 stacked decompositions share a pool of threads with whatever runs beside them
     on the CPU (another one, a virtual device's collective), wait for it and never end.
+
+    >>> import jax.numpy as jnp
+    >>> each_matrix(jnp.linalg.eigvalsh, jnp.stack([jnp.eye(2), 2 * jnp.eye(2)])).tolist()
+    [[1.0, 1.0], [2.0, 2.0]]
     """
     if matrices.ndim == 2:
         return decompose(matrices)
@@ -255,7 +259,7 @@ def _power_iterations(
 def _top_eigenvectors(wide: jax.Array, count: int) -> jax.Array:
     """Of ``W W^T``, by falling eigenvalue."""
     gram = matmul(wide, jnp.swapaxes(wide, -2, -1))
-    _, vectors = _each_matrix(lambda matrix: tuple(jnp.linalg.eigh(matrix)), gram)
+    _, vectors = each_matrix(lambda matrix: tuple(jnp.linalg.eigh(matrix)), gram)
     return jnp.flip(vectors[..., :, -count:], axis=-1)
 
 

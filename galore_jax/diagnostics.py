@@ -16,6 +16,7 @@ NaN. For each projected matrix of a model whose kernels are matrices or stacks o
 import jax
 import jax.numpy as jnp
 
+from galore_jax.bases import each_matrix
 from galore_jax.projection import Projector, Side, TwoSided, in_float32, matmul, project, scaled
 
 
@@ -131,7 +132,7 @@ def stable_rank(gradient: jax.Array) -> jax.Array:
     if matrix.shape[-2] > matrix.shape[-1]:
         matrix = jnp.swapaxes(matrix, -2, -1)
     gram = matmul(matrix, jnp.swapaxes(matrix, -2, -1))
-    largest = jnp.linalg.eigvalsh(gram)[..., -1]
+    largest = each_matrix(jnp.linalg.eigvalsh, gram)[..., -1]
     total = _energy(matrix)
     return jnp.where(total == 0, 0, total / jnp.where(total == 0, 1, largest))
 

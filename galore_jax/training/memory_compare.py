@@ -15,6 +15,7 @@ from galore_jax.training.memory_report import (
     Row,
     counted_rows,
     make_report,
+    unit_for,
     versions,
 )
 from galore_jax.training.optimizers import make_optimizer
@@ -98,10 +99,14 @@ def reductions(config: Config, reports: list[Report]) -> dict[str, float]:
 
 
 def table(config: Config, reports: list[Report]) -> str:
-    """The methods as lines of text, in GiB of 2^30, and the reductions beside the paper's."""
+    """The methods as lines of text, and the reductions beside the paper's.
+
+    Sizes are in GiB of 2^30 or MiB of 2^20.
+    """
     target = reports[0].target
+    unit, size_of = unit_for(max(report.peak for report in reports))
     head = ("weights", "gradients", "state", "activations", "peak")
-    lines = [f"{'GiB':<30}" + "".join(f"{name:>13}" for name in head)]
+    lines = [f"{unit:<30}" + "".join(f"{name:>13}" for name in head)]
     for report in reports:
         sizes = (
             report.bytes_of("weights"),
@@ -110,7 +115,7 @@ def table(config: Config, reports: list[Report]) -> str:
             report.bytes_of("activations and workspace"),
             report.peak,
         )
-        cells = "".join(f"{size / 2**30:>13,.2f}" for size in sizes)
+        cells = "".join(f"{size / size_of:>13,.2f}" for size in sizes)
         lines.append(f"{report.method:<30}{cells}  {_fits(report)}")
     ours = reductions(config, reports)
     lines += [

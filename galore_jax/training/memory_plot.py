@@ -4,7 +4,7 @@ from pathlib import Path
 
 from galore_jax.errors import UserError
 from galore_jax.training.memory_compare import LORA
-from galore_jax.training.memory_report import AT_A_NEW_BASIS, Report, versions
+from galore_jax.training.memory_report import AT_A_NEW_BASIS, Report, unit_for, versions
 
 # What belongs together has one colour family; colours are told apart without red and green.
 _PARTS = (
@@ -20,7 +20,7 @@ _PARTS = (
 
 
 def plot(reports: list[Report], path: Path, title: str) -> None:
-    """Draws one bar a report, in GiB, with the target's memory as a line.
+    """Draws one bar a report, in GiB or MiB, with the target's memory as a line.
 
     Args:
       reports: of the same target.
@@ -43,17 +43,18 @@ def plot(reports: list[Report], path: Path, title: str) -> None:
     figure = Figure(figsize=(9.5, 1.7 + 0.52 * len(reports)), layout="constrained")
     FigureCanvasAgg(figure)
     axes = figure.subplots()
+    unit, size_of = unit_for(max(report.peak for report in reports))
     names = [_name(report) for report in reports]
     left = [0.0] * len(reports)
     for label, rows, colour in _PARTS:
-        widths = [report.bytes_of(*rows) / 2**30 for report in reports]
+        widths = [report.bytes_of(*rows) / size_of for report in reports]
         axes.barh(names, widths, left=left, label=label, color=colour, height=0.66)
         left = [a + b for a, b in zip(left, widths, strict=True)]
     target = reports[0].target
-    capacity = None if target.memory is None else target.memory / 2**30
+    capacity = None if target.memory is None else target.memory / size_of
     widest = max(*left, capacity or 0)
     for y, (report, end) in enumerate(zip(reports, left, strict=True)):
-        peak = report.peak / 2**30
+        peak = report.peak / size_of
         text = f"{peak:,.1f}" if report.plans or report.method == LORA else f"≥ {peak:,.1f}"
         axes.text(end + 0.01 * widest, y, text, va="center", fontsize=9.5)
     if capacity is not None:
@@ -61,7 +62,7 @@ def plot(reports: list[Report], path: Path, title: str) -> None:
         axes.text(
             capacity,
             -0.56,
-            f" {target.label}: {capacity:,.1f} GiB ",
+            f" {target.label}: {capacity:,.1f} {unit} ",
             color="#b03a2e",
             ha="right" if capacity > widest / 2 else "left",
             va="bottom",
@@ -69,7 +70,7 @@ def plot(reports: list[Report], path: Path, title: str) -> None:
         )
     axes.set_xlim(0, widest * 1.09)
     axes.set_ylim(len(reports) - 0.45, -0.6)
-    axes.set_xlabel(f"GiB, compiled for {target.label} with {versions()}", fontsize=9.5)
+    axes.set_xlabel(f"{unit}, compiled for {target.label} with {versions()}", fontsize=9.5)
     axes.set_title(title, loc="left", fontsize=11.5, pad=22)
     for side in ("top", "right", "left"):
         axes.spines[side].set_visible(False)

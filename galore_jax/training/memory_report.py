@@ -125,16 +125,26 @@ def with_temporaries(rows: list[Row], plan: CompiledPlan) -> list[Row]:
     return [*rows, Row("activations and workspace", temporary - gradients, "compiled")]
 
 
+def unit_for(peak: int) -> tuple[str, int]:
+    """The unit in which sizes up to this read well, and its bytes.
+
+    >>> unit_for(5 * 2**30)
+    ('GiB', 1073741824)
+    """
+    return ("GiB", 2**30) if peak >= 2**30 else ("MiB", 2**20)
+
+
 def table(report: Report) -> str:
-    """The report as lines of text, in GiB of 2^30."""
-    gib = lambda size: f"{size / 2**30:>10,.3f}"  # noqa: E731
-    lines = [f"{'memory of a training step':<36}{'GiB':>10}"]
+    """The report as lines of text, in GiB of 2^30 or MiB of 2^20."""
+    unit, size_of = unit_for(report.peak)
+    cell = lambda size: f"{size / size_of:>10,.3f}"  # noqa: E731
+    lines = [f"{'memory of a training step':<36}{unit:>10}"]
     for row in report.rows:
-        lines.append(f"{row.name:<36}{gib(row.bytes)}  {row.source}")
+        lines.append(f"{row.name:<36}{cell(row.bytes)}  {row.source}")
         if row.name == "other state":
-            lines.append(f"{'= optimizer state':<36}{gib(report.optimizer_state)}  counted")
+            lines.append(f"{'= optimizer state':<36}{cell(report.optimizer_state)}  counted")
     for name, plan in report.plans.items():
-        lines.append(f"{f'= peak, {name}':<36}{gib(plan.peak)}  compiled")
+        lines.append(f"{f'= peak, {name}':<36}{cell(plan.peak)}  compiled")
     lines.append(verdict(report))
     lines.append(f"compiled for {report.target.label}, not run on it; {versions()}")
     return "\n".join(lines)
