@@ -28,6 +28,7 @@ import numpy as np
 import optax
 import optax.contrib
 from ml_collections import ConfigDict
+from runs import train
 
 from galore_jax import galore
 from galore_jax.bases import Basis, find_basis
@@ -40,7 +41,6 @@ from galore_jax.training import settings
 from galore_jax.training.checkpoints import Checkpoints
 from galore_jax.training.optimizers import make_optimizer
 from galore_jax.training.steps import graph_definition, init_state, make_train_step
-from runs import train
 
 RANKS = {"llama_60m": 128, "llama_130m": 256, "llama_350m": 256, "llama_1b": 512}
 SEQUENCES, LENGTH = 16, 256
