@@ -334,7 +334,9 @@ def _backward(side, out_dtype, saved, dy):
     dy = dy.astype(x.dtype)
     dx = jnp.dot(dy, kernel.astype(x.dtype).T)
     left, right = _bases(projector, side, x.dtype)
-    rows = x if left is None else jnp.dot(x, left)
+    # Behind a barrier: XLA would compute (x P)^T as P^T x^T, and on CPU the product with that takes
+    # twice the time (benchmarks/step.py).
+    rows = x if left is None else jax.lax.optimization_barrier(jnp.dot(x, left))
     columns = dy if right is None else jnp.dot(dy, right)
     coordinates = jnp.dot(rows.T, columns).astype(dtype_of_gradient.dtype)
     return dx, None, None, coordinates
