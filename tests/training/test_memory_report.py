@@ -84,9 +84,17 @@ def test_gradients_are_those_of_the_mode(method, updates):
 
 
 def test_advice_fits():
-    config = tiny_config(batch_size=64, micro_batch_size=64, data__seq_len=64)
+    config = tiny_config(
+        batch_size=64,
+        micro_batch_size=64,
+        data__seq_len=64,
+        model__num_layers=4,
+        model__hidden_size=64,
+        model__intermediate_size=172,
+    )
     before = max(p.peak for p in plans.plan_steps(config, CPU).values())
-    small = dataclasses.replace(CPU, memory=before // 3)
+    # Layerwise updates take about 0.7 of it.
+    small = dataclasses.replace(CPU, memory=int(0.8 * before))
     said = []
     flags = plans.advice(config, small, said.append)
     assert flags is not None
