@@ -15,7 +15,7 @@ import sys
 from pathlib import Path
 from typing import NamedTuple
 
-from runs import final_eval_loss, train
+from sample_runs import final_eval_loss, train
 
 # basis, update_proj_gap, and whether first moments are transported
 RUNS = (

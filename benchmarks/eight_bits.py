@@ -13,7 +13,7 @@ import sys
 from pathlib import Path
 from typing import NamedTuple
 
-from runs import final_eval_loss, train
+from sample_runs import final_eval_loss, train
 
 BF16: dict[str, object] = {"param_dtype": "bfloat16"}
 

@@ -28,7 +28,7 @@ import numpy as np
 import optax
 import optax.contrib
 from ml_collections import ConfigDict
-from runs import train
+from sample_runs import train
 
 from galore_jax import galore
 from galore_jax.bases import Basis, find_basis

@@ -13,7 +13,7 @@ import shlex
 import sys
 from pathlib import Path
 
-from runs import final_eval_loss, train
+from sample_runs import final_eval_loss, train
 
 KNOB = {"galore": "galore.scale", "full": "optimizer.matrix_lr_scale"}
 

@@ -31,6 +31,7 @@ from galore_jax.projected_grad import (
 from galore_jax.rounding import Rounding, apply_updates
 from galore_jax.selection import leaf_path
 from galore_jax.training import steps
+from galore_jax.training.parts import assembled, at, joined, over_parts, put
 from galore_jax.training.state_parts import StatePart, find_part
 from galore_jax.training.steps import Batch, ProjectedMode, TrainState
 
@@ -206,7 +207,7 @@ class _LayerwiseStep:
         def layer_step(carry: Any, this: Any) -> tuple[Any, Any]:
             weights, owned, dx, squares = carry
             index, x, before = this
-            its_weights, its_state = _at(index, weights), _at(index, owned)
+            its_weights, its_state = at(index, weights), at(index, owned)
             tree = layers.tree(its_weights)
             if not full:
                 tree = self._kernels(tree, layers.state.state(arrays, its_state))
@@ -215,8 +216,8 @@ class _LayerwiseStep:
                 grads = jax.tree.map(jnp.add, grads, before)
             new = visit(layers, its_weights, its_state, jax.tree.leaves(grads))
             carry = (
-                _put(index, weights, new.weights),
-                _put(index, owned, new.owned),
+                put(index, weights, new.weights),
+                put(index, owned, new.owned),
                 dx,
                 squares + new.squares,
             )
@@ -243,13 +244,13 @@ class _LayerwiseStep:
         gradients = ()
         if only_refresh:
             outer = (head.kept, of_head.gradients), (tail.kept, of_tail.gradients)
-            gradients = loss, _assembled(layers.treedef, (layers.kept, layer_grads), *outer)
+            gradients = loss, assembled(layers.treedef, (layers.kept, layer_grads), *outer)
         for group, of_group in ((layers, owned), (head, of_head.owned), (tail, of_tail.owned)):
             arrays = group.state.replaced(arrays, of_group)
         arrays = [of_tail.shared.get(i, x) for i, x in enumerate(arrays)]
         outer = (head.kept, of_head.weights), (tail.kept, of_tail.weights)
         new_state = state._replace(
-            params=_assembled(layers.treedef, (layers.kept, blocks), *outer),
+            params=assembled(layers.treedef, (layers.kept, blocks), *outer),
             opt_state=jax.tree.unflatten(jax.tree.structure(state.opt_state), arrays),
         )
         return new_state, metrics, gradients
@@ -337,10 +338,10 @@ class _LayerwiseStep:
 
         def loss(weights: Any, x: jax.Array) -> jax.Array:
             model = llama.apply(self.graphdef, {**params, **weights})
-            return model.nll(model.final_norm(x), _joined(targets))[0] * per_target
+            return model.nll(model.final_norm(x), joined(targets))[0] * per_target
 
         weights = {key: params[key] for key in keys}
-        value, (grads, dx) = jax.value_and_grad(loss, argnums=(0, 1))(weights, _joined(x))
+        value, (grads, dx) = jax.value_and_grad(loss, argnums=(0, 1))(weights, joined(x))
         return value, grads, dx.reshape(x.shape)
 
     def _layer(self, layer: Any, x: jax.Array, dx: jax.Array) -> tuple[Any, jax.Array]:
@@ -353,13 +354,13 @@ class _LayerwiseStep:
             )
             return jax.vjp(run, variables_of(layer), x)[1](dx)
 
-        return _over_parts(of_part, (x, dx))
+        return over_parts(of_part, (x, dx))
 
     def _embedding(self, params: Any, tokens: jax.Array, dx: jax.Array) -> Any:
         def run(weights: Any) -> jax.Array:
-            return llama.apply(self.graphdef, {**params, "embed": weights}).embed(_joined(tokens))
+            return llama.apply(self.graphdef, {**params, "embed": weights}).embed(joined(tokens))
 
-        return jax.vjp(run, params["embed"])[1](_joined(dx))[0]
+        return jax.vjp(run, params["embed"])[1](joined(dx))[0]
 
 
 class _Visited(NamedTuple):
@@ -378,49 +379,6 @@ class _Visited(NamedTuple):
     shared: dict[int, jax.Array]
     squares: jax.Array
     gradients: list[jax.Array]
-
-
-def _over_parts(of_part: Callable[[Any], tuple[Any, Any]], parts: Any) -> tuple[Any, Any]:
-    """For each part what is to be added up, in float32 if there are several, and what is not."""
-    if len(jax.tree.leaves(parts)[0]) == 1:
-        total, rest = of_part(jax.tree.map(lambda x: x[0], parts))
-        return total, jax.tree.map(lambda x: x[None], rest)
-
-    def add(total: Any, part: Any) -> tuple[Any, Any]:
-        this, rest = of_part(part)
-        return jax.tree.map(lambda a, b: a + b, total, this), rest
-
-    shapes, _ = jax.eval_shape(of_part, jax.tree.map(lambda x: x[0], parts))
-    # Of what XLA does not know for zeros, see galore_jax.models.losses.
-    zero = jax.lax.optimization_barrier(jnp.float32(0.0))
-    zeros = jax.tree.map(lambda x: jnp.full(x.shape, zero), shapes)
-    return jax.lax.scan(add, zeros, parts)
-
-
-def _joined(parts: jax.Array) -> jax.Array:
-    """Micro-batches side by side as one batch."""
-    return parts.reshape(-1, *parts.shape[2:])
-
-
-def _assembled(treedef: Any, *groups: tuple[Sequence[int], Sequence[Any]]) -> Any:
-    """A tree from groups of its leaves, each with their indices."""
-    by_index: dict[int, Any] = {}
-    for kept, leaves in groups:
-        by_index |= dict(zip(kept, leaves, strict=True))
-    return treedef.unflatten([by_index[i] for i in range(len(by_index))])
-
-
-def _at(index: jax.Array, stacks: Sequence[jax.Array]) -> list[jax.Array]:
-    return [jax.lax.dynamic_index_in_dim(stack, index, keepdims=False) for stack in stacks]
-
-
-def _put(
-    index: jax.Array, stacks: Sequence[jax.Array], values: Sequence[jax.Array]
-) -> list[jax.Array]:
-    return [
-        jax.lax.dynamic_update_index_in_dim(stack, value, index, 0)
-        for stack, value in zip(stacks, values, strict=True)
-    ]
 
 
 def _sum_of_squares(tree: Any) -> jax.Array:
