@@ -1,8 +1,8 @@
 """Time and memory of an update of 8-bit Adam beside Optax's, in one process, in turn.
 
   python benchmarks/adam8bit.py
-  python benchmarks/adam8bit.py --compile_for=tpu     (needs libtpu)
-  python benchmarks/adam8bit.py --compile_for=cuda    (needs jax-cuda12-plugin, jax-cuda12-pjrt)
+  python benchmarks/adam8bit.py --compile_for=tpu     (extra tpu-target)
+  python benchmarks/adam8bit.py --compile_for=cuda    (extra gpu-target)
 
 Prints the median of the ratios of times, and the bytes of state and of temporaries of the compiled
 updates. What is compiled for a device that is not there is not run.
@@ -10,62 +10,20 @@ updates. What is compiled for a device that is not there is not run.
 
 import argparse
 import importlib.metadata
-import os
 import statistics
 import time
 from typing import Any
 
-os.environ.setdefault("XLA_FLAGS", "--xla_gpu_autotune_level=0 --xla_gpu_enable_triton_gemm=false")
-
 import jax
 import jax.numpy as jnp
 import optax
-from jax.experimental import topologies
 from jax.sharding import SingleDeviceSharding
 
-from galore_jax import adamw8bit
+from galore_jax import adamw8bit, targets
 from galore_jax.memory import tree_bytes
 
 SHAPES = {"attention": (8, 512, 512), "mlp": (8, 512, 1376), "embedding": (32_000, 512)}
-# GpuTargetConfigProto of an RTX 4090.
-RTX_4090 = """
-gpu_device_info {
-  threads_per_block_limit: 1024
-  threads_per_warp: 32
-  shared_memory_per_block: 49152
-  shared_memory_per_core: 102400
-  threads_per_core_limit: 1536
-  core_count: 128
-  fpus_per_core: 128
-  block_dim_limit_x: 2147483647
-  block_dim_limit_y: 65535
-  block_dim_limit_z: 65535
-  memory_bandwidth: 1008000000000
-  l2_cache_size: 75497472
-  clock_rate_ghz: 2.52
-  device_memory_size: 25247875072
-  shared_memory_per_block_optin: 101376
-  cuda_compute_capability { major: 8 minor: 9 }
-  registers_per_core_limit: 65536
-  registers_per_block_limit: 65536
-}
-platform_name: "CUDA"
-dnn_version_info { major: 9 minor: 8 }
-device_description_str: "NVIDIA GeForce RTX 4090"
-"""
-
-
-def target(name: str) -> tuple[str, Any]:
-    """A device's label and the device."""
-    if name == "here":
-        return jax.devices()[0].device_kind, jax.devices()[0]
-    if name == "tpu":
-        topology = topologies.get_topology_desc(platform="tpu", topology_name="v5e:2x2")
-        return "TPU v5e", topology.devices[0]
-    topology = topologies.get_topology_desc(
-        platform="cuda", target_config=RTX_4090, topology="1x1x1"
-    )
-    return "RTX 4090", topology.devices[0]
+TARGETS = {"here": "auto", "tpu": "tpu-v5e", "cuda": "rtx4090"}
 
 
 def compile_update(tx: optax.GradientTransformation, params, device: Any):
@@ -86,7 +44,9 @@ def main() -> None:
     parser.add_argument("--compile_for", choices=("here", "tpu", "cuda"), default="here")
     parser.add_argument("--rounds", type=int, default=15)
     arguments = parser.parse_args()
-    label, device = target(arguments.compile_for)
+    targets.prepare_process()
+    target = targets.find_target(TARGETS[arguments.compile_for])
+    label, device = target.label, target.device
     shapes = {k: jax.ShapeDtypeStruct(s, jnp.float32) for k, s in SHAPES.items()}
     largest = max(tree_bytes(x) for x in shapes.values())
     optimizers = {"optax.adamw": optax.adamw(1e-3), "adamw8bit": adamw8bit(1e-3)}

@@ -85,7 +85,6 @@ def find_target(name: str) -> Target:
     if name in _HERE:
         device = jax.devices("cpu")[0] if name == "cpu" else jax.local_devices()[0]
         return Target(name, device.device_kind, device.platform, _memory_here(device), device)
-    facts = _facts()
     if name.endswith(".toml"):
         path = Path(name)
         if not path.is_file():
@@ -94,8 +93,8 @@ def find_target(name: str) -> Target:
             tables = tomllib.loads(path.read_text())
             if len(tables) != 1:
                 raise UserError(f"--target={name} must have one table, it has {len(tables)}")
-            name, facts = next(iter(tables)), tables
-            return _compiled_for(name, facts[name])
+            return _compiled_for(*next(iter(tables.items())))
+    facts = _facts()
     if name not in facts:
         near = difflib.get_close_matches(name, target_names(), n=1)
         hint = f"did you mean {near[0]}?" if near else "or a file of your own, NAME.toml"
@@ -112,9 +111,12 @@ def _compiled_for(name: str, facts: dict[str, Any]) -> Target:
     with _named(name):
         platform = facts["platform"]
         if platform == "tpu":
-            device = _tpu(name, facts["topology"])
+            topology = {"platform": "tpu", "topology_name": facts["topology"]}
+            device = _device(name, "tpu-target", "libtpu", **topology)
         elif platform == "cuda":
-            device = _gpu(name, _target_config(facts))
+            topology = {"platform": "cuda", "topology": "1x1x1"}
+            topology["target_config"] = _target_config(facts)
+            device = _device(name, "gpu-target", "jax_plugins.xla_cuda12", **topology)
         else:
             raise UserError(f"--target={name}: platform must be cuda or tpu, got {platform!r}")
         return Target(
@@ -137,22 +139,11 @@ def _named(name: str) -> Iterator[None]:
         raise UserError(f"--target={name} is not like galore_jax/targets.toml: {error}") from error
 
 
-def _tpu(name: str, topology: str) -> Any:
+def _device(name: str, extra: str, module: str, **topology: str) -> Any:
     try:
-        described = topologies.get_topology_desc(platform="tpu", topology_name=topology)
+        return topologies.get_topology_desc(**topology).devices[0]
     except (RuntimeError, ValueError, NotImplementedError, ImportError) as error:
-        raise _missing(name, "tpu-target", "libtpu", error) from error
-    return described.devices[0]
-
-
-def _gpu(name: str, target_config: str) -> Any:
-    try:
-        described = topologies.get_topology_desc(
-            platform="cuda", target_config=target_config, topology="1x1x1"
-        )
-    except (RuntimeError, ValueError, NotImplementedError, ImportError) as error:
-        raise _missing(name, "gpu-target", "jax_plugins.xla_cuda12", error) from error
-    return described.devices[0]
+        raise _missing(name, extra, module, error) from error
 
 
 def _missing(name: str, extra: str, module: str, error: Exception) -> UserError:

@@ -123,7 +123,7 @@ class _Run:
         params, opt_state = abstract_state.params, abstract_state.opt_state
         gradients = modes.gradient_bytes(config, abstract_state)
         plans = {
-            modes.step_name(config, refresh): compiled_plan(step, device)
+            modes.step_name(refresh): compiled_plan(step, device)
             for refresh, step in self.train_steps.items()
         }
         print(memory_table(params, opt_state, gradients, plans))

@@ -27,7 +27,7 @@ def refreshes(config: Config, count: int) -> bool:
     return config.method == "galore" and count % config.galore.update_proj_gap == 0
 
 
-def step_name(config: Config, refresh: bool) -> str:
+def step_name(refresh: bool) -> str:
     """What a step is called in the memory report."""
     if refresh:
         return "step with a new basis"

@@ -63,7 +63,7 @@ def plan_steps(
         plan = compiled_plan(compile_or_say(lowered), target.label)
         if plan is None:
             raise UserError(f"the compiler for {target.label} tells no memory plan")
-        plans[modes.step_name(config, refresh)] = plan
+        plans[modes.step_name(refresh)] = plan
         if not all_steps and target.memory is not None and plan.peak > target.memory:
             break
     return plans

@@ -19,7 +19,7 @@ class StatePart:
 
     Attributes:
       treedef: structure of the part.
-      owned: for each array of the part its position in the whole flat state.
+      positions: for each array of the part its position in the whole flat state.
       shared: which of them belong to no leaf: step counts and the like.
     """
 
@@ -53,16 +53,6 @@ class StatePart:
 
     def _of(self, values: Sequence[Any], *, shared: bool) -> list[Any]:
         return [x for x, is_shared in zip(values, self.shared, strict=True) if is_shared == shared]
-
-
-def masked(params: Any, kept: Collection[int]) -> Any:
-    """The tree with ``optax.MaskedNode()`` for the leaves that are not kept, by their flat index.
-
-    >>> masked({"a": 1, "b": 2}, [1])
-    {'a': MaskedNode(), 'b': 2}
-    """
-    leaves, treedef = jax.tree.flatten(params)
-    return treedef.unflatten([x if i in kept else optax.MaskedNode() for i, x in enumerate(leaves)])
 
 
 def find_part(opt_state: optax.OptState, params: Any, kept: Collection[int]) -> StatePart:
