@@ -25,7 +25,9 @@ def cross_entropy(
     under differentiation the forward pass also computes it, chunk by chunk. Three matrix
     products with the head per token are then enough; recomputing the logits in the backward
     pass would take four. Only ``chunk_tokens`` rows of logits exist at a time, in either pass. The
-    gradient of the head is accumulated over the chunks in float32, whatever its own dtype.
+    gradient of the head is accumulated in float32, whatever its own dtype: over the chunks, or
+    where all tokens' gradients of the logits in the dtype of ``hidden`` are smaller than these
+    sums, from all at once, inside one matrix product.
 
     Args:
       linear: ``linear(x, kernel, out_dtype=None)``, as :func:`galore_jax.models.llama.linear`.
@@ -83,26 +85,45 @@ def _chunked_nll(linear: Linear, hidden: jax.Array, head: Head, labels: jax.Arra
 
 
 def _chunked_nll_fwd(linear, hidden, head, labels):
+    at_once = _is_smaller_than_sums(hidden, head)
+
     def add_chunk(carry, chunk):
         total, head_grad = carry
         x, y = chunk
         logits = linear(x, head, out_dtype=jnp.float32)
         nll, log_z, hit = _nll(logits, y)
         logits_grad = jnp.exp(logits - log_z[:, None]) - hit
-        logits_grad = jnp.where(y[:, None] >= 0, logits_grad, 0.0)
+        logits_grad = jnp.where(y[:, None] >= 0, logits_grad, 0.0).astype(x.dtype)
         _, pull_back = jax.vjp(linear, x, head)
-        x_grad, chunk_head_grad = pull_back(logits_grad.astype(x.dtype))
+        x_grad, chunk_head_grad = pull_back(logits_grad)
+        if at_once:
+            return (total + nll, head_grad), (x_grad, logits_grad)
         head_grad = jax.tree.map(lambda total, g: total + g, head_grad, chunk_head_grad)
-        return (total + nll, head_grad), x_grad
+        return (total + nll, head_grad), (x_grad, None)
 
     # Zeros that XLA does not know for zeros: those it would share with, and keep for, later ones.
     zero = jax.lax.optimization_barrier(jnp.float32(0.0))
-    zeros = jax.tree.map(lambda leaf: jnp.full(leaf.shape, zero), head)
-    (total, head_grad), hidden_grad = jax.lax.scan(
+    zeros = None if at_once else jax.tree.map(lambda leaf: jnp.full(leaf.shape, zero), head)
+    (total, head_grad), (hidden_grad, logits_grads) = jax.lax.scan(
         add_chunk, (jnp.float32(0.0), zeros), (hidden, labels)
     )
+    if at_once:
+        rows = lambda x: x.reshape(-1, x.shape[-1])  # noqa: E731
+        _, pull_back = jax.vjp(lambda head: linear(rows(hidden), head), head)
+        (head_grad,) = pull_back(rows(logits_grads))
     head_grad = jax.tree.map(lambda g, leaf: g.astype(leaf.dtype), head_grad, head)
     return total, (hidden_grad, head_grad)
+
+
+def _is_smaller_than_sums(hidden: jax.Array, head: Head) -> bool:
+    """Whether the gradients of all logits take less memory than the head's float32 sums do.
+
+    From both the head's gradient is made in its dtype, unless the sums are that already.
+    """
+    if all(leaf.dtype == jnp.float32 for leaf in jax.tree.leaves(head)):
+        return False
+    chunks, chunk_tokens, features = hidden.shape
+    return chunks * chunk_tokens * hidden.dtype.itemsize < features * 4
 
 
 def _chunked_nll_bwd(linear, gradients, cotangent):

@@ -6,7 +6,8 @@ gradients that are gone.
 
 The forward pass keeps each block's input. The backward pass goes from the head through the blocks
 to the embedding; it computes a block again, takes its gradient, and writes the new weights and
-optimizer state of that layer in the place of the old ones.
+optimizer state of that layer in the place of the old ones; with ``remat`` of one half of the block
+after the other.
 """
 
 import dataclasses
@@ -17,7 +18,6 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import optax
-from flax import nnx
 
 from galore_jax.models import llama
 from galore_jax.models.llama import LlamaConfig
@@ -30,10 +30,16 @@ from galore_jax.projected_grad import (
 )
 from galore_jax.rounding import Rounding, apply_updates
 from galore_jax.selection import leaf_path
-from galore_jax.training import steps
-from galore_jax.training.parts import assembled, at, joined, over_parts, put
+from galore_jax.training.parts import at, put
+from galore_jax.training.pieces import Pieces
 from galore_jax.training.state_parts import StatePart, find_part
-from galore_jax.training.steps import Batch, ProjectedMode, TrainState
+from galore_jax.training.steps import (
+    BLOCK_KERNELS,
+    Batch,
+    ProjectedMode,
+    TrainState,
+    sum_over_parts,
+)
 
 Metrics = dict[str, jax.Array]
 
@@ -98,9 +104,9 @@ class _Group:
     treedef: Any
     state: StatePart
 
-    def tree(self, leaves: Sequence[Any]) -> Any:
+    def tree(self, weights: Any) -> Any:
         """The params' tree with these weights and without the others."""
-        by_index = dict(zip(self.kept, leaves, strict=True))
+        by_index = dict(zip(self.kept, jax.tree.leaves(weights), strict=True))
         return self.treedef.unflatten(
             [by_index.get(i, optax.MaskedNode()) for i in range(self.treedef.num_leaves)]
         )
@@ -120,12 +126,8 @@ class _LayerwiseStep:
         return self.projected is None or bool(self.refresh)
 
     @functools.cached_property
-    def graphdef(self) -> Any:
-        return steps.graph_definition(self.model)
-
-    @functools.cached_property
-    def block(self) -> Any:
-        return llama.block_graphdef(self.model)
+    def pieces(self) -> Pieces:
+        return Pieces(self.model)
 
     def add_up_and_walk(
         self, state: TrainState, parts: Batch, per_target: jax.Array
@@ -143,11 +145,11 @@ class _LayerwiseStep:
             nodes = self._kernels(state.params, state.opt_state)
 
             def loss(variables: Any, part: Batch) -> jax.Array:
-                applied = llama.apply(self.graphdef, with_coordinates(nodes, variables))
+                applied = llama.apply(self.pieces.graphdef, with_coordinates(nodes, variables))
                 nll, _ = applied.loss(part["tokens"], part["targets"])
                 return nll * per_target
 
-            sums = steps.sum_over_parts(
+            sums = sum_over_parts(
                 jax.value_and_grad(loss), variables_of(nodes), of(begin, last), sums
             )
         state, of_last, _ = self.walk(state, of(last, last + 1), per_target, sums, full=False)
@@ -178,62 +180,59 @@ class _LayerwiseStep:
           gradients, as ``sums``.
         """
         params, arrays = state.params, jax.tree.leaves(state.opt_state)
-        layers, head, tail = self._groups(state)
+        *layers, head, tail = self._groups(state)
         earlier_loss, earlier = sums or (jnp.float32(0.0), None)
-        add_earlier = lambda grads, key: (  # noqa: E731
-            grads if earlier is None else jax.tree.map(jnp.add, grads, earlier[key])
-        )
-        x, inputs = self._forward(params, parts["tokens"])
-        loss, head_grads, dx = self._head(params, x, parts["targets"], per_target)
+        x, inputs = self.pieces.forward(params, parts["tokens"])
+        loss, head_grads, dx = self.pieces.head(params, x, parts["targets"], per_target)
         loss = loss + earlier_loss
         visit = functools.partial(self._visit, state, loss, full, only_refresh)
 
         def visit_outer(group: _Group, grads: dict[str, Any]) -> "_Visited":
-            grads = {key: add_earlier(of_key, key) for key, of_key in grads.items()}
             of_params = {key: params[key] for key in grads}
-            return visit(
-                group,
-                jax.tree.leaves(of_params),
-                group.state.owned(arrays),
-                jax.tree.leaves(grads),
-            )
+            return visit(group, of_params, group.state.owned(arrays), _plus(grads, earlier))
 
-        tied_grads = {"embed": head_grads.pop("embed")} if self.model.tie_embeddings else {}
+        tied_grads = {"embed": head_grads.pop("embed")} if self.model.tie_embeddings else None
         of_head = visit_outer(head, head_grads)
         # The head's gradient is not to outlive its update. (Waiting for the new weights themselves
         # would keep them from being written over the old ones.)
         dx, _ = jax.lax.optimization_barrier((dx, of_head.owned))
 
         def layer_step(carry: Any, this: Any) -> tuple[Any, Any]:
-            weights, owned, dx, squares = carry
+            blocks, of_groups, dx, squares = carry
             index, x, before = this
-            its_weights, its_state = at(index, weights), at(index, owned)
-            tree = layers.tree(its_weights)
-            if not full:
-                tree = self._kernels(tree, layers.state.state(arrays, its_state))
-            grads, dx = self._layer(tree["blocks"], x, dx)
-            if before is not None:
-                grads = jax.tree.map(jnp.add, grads, before)
-            new = visit(layers, its_weights, its_state, jax.tree.leaves(grads))
-            carry = (
-                put(index, weights, new.weights),
-                put(index, owned, new.owned),
-                dx,
-                squares + new.squares,
-            )
-            return carry, new.gradients
+            inputs, gradients = [x], {}
+            for part in self.pieces.block_parts[:-1]:
+                inputs.append(part.over_parts(at(index, blocks), inputs[-1]))
+            for i in reversed(range(len(layers))):
+                part, group = self.pieces.block_parts[i], layers[i]
+                layer = at(index, blocks)
+                nodes = {key: layer[key] for key in part.keys}
+                if not full:
+                    owned = at(index, of_groups[i])
+                    of_model = self._kernels(group.tree(nodes), group.state.state(arrays, owned))
+                    nodes = {key: of_model["blocks"][key] for key in part.keys}
+                grads, dx = part.gradients(layer, nodes, inputs[i], dx)
+                grads = _plus(grads, before)
+                # The copies of weights and state that the gradients took are gone before those for
+                # the update come, and the latter before the next part.
+                index, grads, dx = jax.lax.optimization_barrier((index, grads, dx))
+                weights = at(index, {key: blocks[key] for key in part.keys})
+                new = visit(group, weights, at(index, of_groups[i]), grads)
+                blocks |= put(index, {key: blocks[key] for key in part.keys}, new.weights)
+                of_groups[i] = put(index, of_groups[i], new.owned)
+                squares, gradients = squares + new.squares, gradients | new.gradients
+                dx, blocks, of_groups = jax.lax.optimization_barrier((dx, blocks, of_groups))
+            return (blocks, of_groups, dx, squares), gradients
 
-        blocks = jax.tree.leaves(params["blocks"])
-        (blocks, owned, dx, squares), layer_grads = jax.lax.scan(
+        of_groups = [group.state.owned(arrays) for group in layers]
+        (blocks, of_groups, dx, squares), layer_grads = jax.lax.scan(
             layer_step,
-            (blocks, layers.state.owned(arrays), dx, of_head.squares),
+            (params["blocks"], of_groups, dx, of_head.squares),
             (jnp.arange(len(inputs)), inputs, earlier and earlier["blocks"]),
             reverse=True,
         )
-        tail_grads = {"embed": self._embedding(params, parts["tokens"], dx)}
-        if tied_grads:
-            tail_grads = jax.tree.map(jnp.add, tail_grads, tied_grads)
-        of_tail = visit_outer(tail, tail_grads)
+        tail_grads = {"embed": self.pieces.embedding(params, parts["tokens"], dx)}
+        of_tail = visit_outer(tail, _plus(tail_grads, tied_grads))
 
         squares = squares + of_tail.squares
         metrics = {"loss": loss}
@@ -243,33 +242,34 @@ class _LayerwiseStep:
             metrics["projected_grad_norm"] = jnp.sqrt(squares[1])
         gradients = ()
         if only_refresh:
-            outer = (head.kept, of_head.gradients), (tail.kept, of_tail.gradients)
-            gradients = loss, assembled(layers.treedef, (layers.kept, layer_grads), *outer)
-        for group, of_group in ((layers, owned), (head, of_head.owned), (tail, of_tail.owned)):
-            arrays = group.state.replaced(arrays, of_group)
+            gradients = loss, {**of_head.gradients, "blocks": layer_grads, **of_tail.gradients}
+        of_groups = (*of_groups, of_head.owned, of_tail.owned)
+        for group, owned in zip((*layers, head, tail), of_groups, strict=True):
+            arrays = group.state.replaced(arrays, owned)
         arrays = [of_tail.shared.get(i, x) for i, x in enumerate(arrays)]
-        outer = (head.kept, of_head.weights), (tail.kept, of_tail.weights)
         new_state = state._replace(
-            params=assembled(layers.treedef, (layers.kept, blocks), *outer),
+            params={**of_head.weights, "blocks": blocks, **of_tail.weights},
             opt_state=jax.tree.unflatten(jax.tree.structure(state.opt_state), arrays),
         )
         return new_state, metrics, gradients
 
-    def _groups(self, state: TrainState) -> tuple[_Group, _Group, _Group]:
-        """The blocks' weights, those of the head with the final norm, and the embedding."""
+    def _groups(self, state: TrainState) -> list[_Group]:
+        """The weights of each part of the blocks, of the head with its norm, and the embedding."""
         paths = [leaf_path(path) for path, _ in jax.tree_util.tree_leaves_with_path(state.params)]
 
-        def group(*keys: str) -> _Group:
-            kept = tuple(i for i, path in enumerate(paths) if path.split("/")[0] in keys)
+        def group(*prefixes: str) -> _Group:
+            begin = tuple(f"{prefix}/" for prefix in prefixes)
+            kept = tuple(i for i, path in enumerate(paths) if path.startswith(begin))
             part = find_part(state.opt_state, state.params, kept)
             return _Group(kept, jax.tree.structure(state.params), part)
 
-        return group("blocks"), group("final_norm", "lm_head"), group("embed")
+        of_blocks = [[f"blocks/{key}" for key in part.keys] for part in self.pieces.block_parts]
+        return [group(*each) for each in (*of_blocks, ("final_norm", "lm_head"), ("embed",))]
 
     def _kernels(self, params: Any, opt_state: optax.OptState) -> Any:
         assert self.projected is not None
         return projected_kernels(
-            params, opt_state, proj_type=self.projected.proj_type, kernels=steps.BLOCK_KERNELS
+            params, opt_state, proj_type=self.projected.proj_type, kernels=BLOCK_KERNELS
         )
 
     def _visit(
@@ -279,17 +279,19 @@ class _LayerwiseStep:
         full: bool,
         only_refresh: bool,
         group: _Group,
-        weights: Sequence[jax.Array],
+        weights: dict[str, Any],
         owned: Sequence[jax.Array],
-        gradients: Sequence[jax.Array],
+        gradients: dict[str, Any],
     ) -> "_Visited":
         """One group's update: of one layer, or of weights outside the blocks."""
         arrays = jax.tree.leaves(before.opt_state)
         params, opt_state = group.tree(weights), group.state.state(arrays, owned)
         # The nodes whose gradients these are, and those for the bases after the update.
         nodes = params if full else self._kernels(params, opt_state)
-        gradients = [g.astype(w.dtype) for g, w in zip(gradients, weights, strict=True)]
-        grads = as_gradients(nodes, group.tree(gradients))
+        leaves, treedef = jax.tree.flatten(gradients)
+        of_weights = zip(leaves, jax.tree.leaves(weights), strict=True)
+        leaves = [gradient.astype(weight.dtype) for gradient, weight in of_weights]
+        grads = as_gradients(nodes, group.tree(leaves))
         extra: dict[str, Any] = {"value": loss}
         if self.refresh is not None:
             extra["refresh"] = "only" if only_refresh else full and self.refresh
@@ -300,85 +302,42 @@ class _LayerwiseStep:
         if not only_refresh:
             params = apply_updates(params, updates, before.step, self.rounding)
         new_owned, shared = group.state.split(opt_state)
+        in_new_bases = {}
+        if only_refresh:
+            in_new_bases = treedef.unflatten(
+                [gradient.astype(jnp.float32) for gradient in jax.tree.leaves(projected)]
+            )
         return _Visited(
-            jax.tree.leaves(params),
+            jax.tree.unflatten(treedef, jax.tree.leaves(params)),
             new_owned,
             shared,
             jnp.stack([_sum_of_squares(grads), _sum_of_squares(projected)]),
-            [g.astype(jnp.float32) for g in jax.tree.leaves(projected)] if only_refresh else [],
+            in_new_bases,
         )
-
-    def _block(self, layer: Any, x: jax.Array) -> jax.Array:
-        positions = jnp.arange(x.shape[1], dtype=jnp.int32)
-
-        def attend(layer: Any, x: jax.Array) -> jax.Array:
-            return nnx.merge(self.block, layer).attend(x, positions)
-
-        def feed_forward(layer: Any, x: jax.Array) -> jax.Array:
-            return nnx.merge(self.block, layer).feed_forward(x)
-
-        if self.model.remat:  # the backward pass keeps one half's activations at a time
-            attend, feed_forward = jax.checkpoint(attend), jax.checkpoint(feed_forward)
-        return feed_forward(layer, attend(layer, x))
-
-    def _forward(self, params: Any, tokens: jax.Array) -> tuple[jax.Array, jax.Array]:
-        """The last block's output, (k, B, S, D), and the input of each, (L, k, B, S, D)."""
-
-        def forward(x: jax.Array, layer: Any) -> tuple[jax.Array, jax.Array]:
-            return jax.lax.map(functools.partial(self._block, layer), x), x
-
-        model = llama.apply(self.graphdef, params)
-        return jax.lax.scan(forward, jax.lax.map(model.embed, tokens), params["blocks"])
-
-    def _head(
-        self, params: Any, x: jax.Array, targets: jax.Array, per_target: jax.Array
-    ) -> tuple[jax.Array, dict[str, Any], jax.Array]:
-        """The loss, the gradients of the weights behind the blocks, and that of the input."""
-        keys = ("final_norm", "embed" if self.model.tie_embeddings else "lm_head")
-
-        def loss(weights: Any, x: jax.Array) -> jax.Array:
-            model = llama.apply(self.graphdef, {**params, **weights})
-            return model.nll(model.final_norm(x), joined(targets))[0] * per_target
-
-        weights = {key: params[key] for key in keys}
-        value, (grads, dx) = jax.value_and_grad(loss, argnums=(0, 1))(weights, joined(x))
-        return value, grads, dx.reshape(x.shape)
-
-    def _layer(self, layer: Any, x: jax.Array, dx: jax.Array) -> tuple[Any, jax.Array]:
-        """A block's gradients with respect to its variables and to its input."""
-
-        def of_part(part: Any) -> tuple[Any, jax.Array]:
-            x, dx = part
-            run = lambda variables, x: self._block(  # noqa: E731
-                with_coordinates(layer, variables), x
-            )
-            return jax.vjp(run, variables_of(layer), x)[1](dx)
-
-        return over_parts(of_part, (x, dx))
-
-    def _embedding(self, params: Any, tokens: jax.Array, dx: jax.Array) -> Any:
-        def run(weights: Any) -> jax.Array:
-            return llama.apply(self.graphdef, {**params, "embed": weights}).embed(joined(tokens))
-
-        return jax.vjp(run, params["embed"])[1](joined(dx))[0]
 
 
 class _Visited(NamedTuple):
     """What is new after a group's update.
 
     Attributes:
-      weights: its weights.
+      weights: its weights, by their keys.
       owned: the arrays of the optimizer's state that it owns.
       shared: those that belong to no weight, by their positions in the flat state.
       squares: sums of the squares of its gradients, and of those as the optimizer sees them, (2,).
       gradients: those in the new bases, float32, where the bases alone were to change.
     """
 
-    weights: list[jax.Array]
+    weights: dict[str, Any]
     owned: list[jax.Array]
     shared: dict[int, jax.Array]
     squares: jax.Array
-    gradients: list[jax.Array]
+    gradients: dict[str, Any]
+
+
+def _plus(grads: dict[str, Any], others: dict[str, Any] | None) -> dict[str, Any]:
+    if others is None:
+        return grads
+    return jax.tree.map(jnp.add, grads, {key: others[key] for key in grads})
 
 
 def _sum_of_squares(tree: Any) -> jax.Array:

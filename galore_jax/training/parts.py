@@ -1,6 +1,6 @@
-"""Micro-batches side by side, layers in stacks, and trees in groups of leaves."""
+"""Micro-batches side by side, and layers in stacks."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -38,36 +38,25 @@ def joined(parts: jax.Array) -> jax.Array:
     return parts.reshape(-1, *parts.shape[2:])
 
 
-def assembled(treedef: Any, *groups: tuple[Sequence[int], Sequence[Any]]) -> Any:
-    """A tree from groups of its leaves, each with their indices.
-
-    >>> assembled(jax.tree.structure([0, 0]), ([1], ["b"]), ([0], ["a"]))
-    ['a', 'b']
-    """
-    by_index: dict[int, Any] = {}
-    for kept, leaves in groups:
-        by_index |= dict(zip(kept, leaves, strict=True))
-    return treedef.unflatten([by_index[i] for i in range(len(by_index))])
-
-
-def at(index: jax.Array, stacks: Sequence[jax.Array]) -> list[jax.Array]:
-    """One layer of each stack.
+def at(index: jax.Array, stacks: Any) -> Any:
+    """One layer of each stack of a tree.
 
     >>> at(jnp.int32(1), [jnp.arange(3)])[0].item()
     1
     """
-    return [jax.lax.dynamic_index_in_dim(stack, index, keepdims=False) for stack in stacks]
+    return jax.tree.map(
+        lambda stack: jax.lax.dynamic_index_in_dim(stack, index, keepdims=False), stacks
+    )
 
 
-def put(
-    index: jax.Array, stacks: Sequence[jax.Array], values: Sequence[jax.Array]
-) -> list[jax.Array]:
-    """The stacks with one layer of each exchanged.
+def put(index: jax.Array, stacks: Any, values: Any) -> Any:
+    """A tree of stacks with one layer of each exchanged.
 
     >>> put(jnp.int32(1), [jnp.arange(3)], [jnp.int32(7)])[0].tolist()
     [0, 7, 2]
     """
-    return [
-        jax.lax.dynamic_update_index_in_dim(stack, value, index, 0)
-        for stack, value in zip(stacks, values, strict=True)
-    ]
+    return jax.tree.map(
+        lambda stack, value: jax.lax.dynamic_update_index_in_dim(stack, value, index, 0),
+        stacks,
+        values,
+    )

@@ -485,6 +485,24 @@ def test_head_gradient_is_accumulated_in_float32():
     assert relative_error(grad(2048), 2048 * grad(1)) < 0.01
 
 
+@pytest.mark.parametrize("tokens", [22, 110])  # below and above twice as many as features
+def test_head_gradient_in_bfloat16_is_the_float32_one_rounded(tokens):
+    rng = np.random.default_rng(0)
+    hidden = jnp.asarray(rng.standard_normal((tokens, 32)), jnp.bfloat16)
+    head = jnp.asarray(rng.standard_normal((32, 61)), jnp.bfloat16)
+    targets = jnp.asarray(rng.integers(-20, 61, tokens), jnp.int32)
+
+    def grads(dtype):
+        def loss(hidden, head):
+            return cross_entropy(linear, hidden, head, targets, chunk_tokens=8)[0]
+
+        return jax.grad(loss, argnums=(0, 1))(hidden.astype(dtype), head.astype(dtype))
+
+    for grad, want in zip(grads(jnp.bfloat16), grads(jnp.float32), strict=True):
+        assert grad.dtype == jnp.bfloat16
+        assert relative_error(grad.astype(jnp.float32), want) < 2**-8  # a rounding to 8 bits
+
+
 # Sizes.
 
 

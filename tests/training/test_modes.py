@@ -106,6 +106,17 @@ def test_projected_is_standard(name, updates):
             assert mine["projected_grad_norm"] < mine["grad_norm"]
 
 
+@pytest.mark.parametrize("arg", ["", "method=full", "optimizer=adamw8bit"])
+def test_a_block_in_halves_is_the_block(arg):
+    shared = {"updates": "layerwise", "model__tie_embeddings": True, **OPTIMIZERS["adamw"]}
+    state, metrics = run(config_of(arg, remat=True, micro_batch_size=2, **shared))
+    expected, expected_metrics = run(config_of(arg, **shared))
+    check_same(state, expected)
+    for mine, theirs in zip(metrics, expected_metrics, strict=True):
+        for key in theirs:
+            np.testing.assert_allclose(mine[key], theirs[key], rtol=1e-4)
+
+
 def one_after_the_other(monkeypatch):
     monkeypatch.setattr(modes, "side_by_side", lambda config: False)
 
