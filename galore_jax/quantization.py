@@ -1,8 +1,8 @@
 r"""Arrays in 8 or 4 bits: codes of the array's own shape, and a float32 scale for each block.
 
-A block is ``block_size`` neighbours along the last axis, or, of an array whose last axis is at most
-half of that, as many whole rows as fit. Axes before the last two are never joined: slicing and
-mapping a stack of matrices does the same to codes and scales. The scale of a block is its largest
+A block is a tile of at most ``block_size`` values of the last two axes, mostly neighbours along the
+last, see :func:`block_shape`. Axes before these are never joined: slicing and mapping a stack of
+matrices does the same to codes and scales. The scale of a block is its largest
 magnitude, and a code stands for a value of its encoding times that:
 
 ================  =====  ==================================================================
@@ -83,19 +83,24 @@ def is_quantized(node: Any) -> bool:
 def block_shape(shape: tuple[int, ...], block_size: int = BLOCK_SIZE) -> tuple[int, int]:
     """Rows and columns of a block of an array of that shape.
 
-    >>> block_shape((64, 1376)), block_shape((3, 512, 64)), block_shape((64,))
+    As many columns as fit, then as many rows; of either, numbers that divide the axis, since what
+    would have to be padded takes a multiple of the time. Only where a fourth of what fits is more
+    than the best divisor, the last blocks are ragged.
+
+    >>> block_shape((64, 11008)), block_shape((3, 512, 64)), block_shape((64,))
     ((1, 256), (4, 64), (1, 64))
+    >>> block_shape((64, 1376)), block_shape((512, 5461)), block_shape((64, 1021))
+    ((1, 172), (2, 127), (1, 256))
     """
-    columns = max(1, min(shape[-1], block_size))
-    rows = shape[-2] if len(shape) > 1 else 1
-    return max(1, min(rows, block_size // columns)), columns
+    columns = _dividing(shape[-1], block_size)
+    return _dividing(shape[-2] if len(shape) > 1 else 1, block_size // columns), columns
 
 
 def scales_shape(shape: tuple[int, ...], block_size: int = BLOCK_SIZE) -> tuple[int, ...]:
     """Shape of the scales of an array of that shape.
 
     >>> scales_shape((8, 64, 1376)), scales_shape((1000,))
-    ((8, 64, 6), (4,))
+    ((8, 64, 8), (4,))
     """
     rows, columns = block_shape(shape, block_size)
     last = math.ceil(shape[-1] / columns)
@@ -317,6 +322,12 @@ def check_block_size(block_size: Any) -> None:
         raise ValueError(f"block_size must be an int of at least 1, got {block_size}")
 
 
+def _dividing(size: int, most: int) -> int:
+    """The largest divisor of a size that is at most ``most``, unless that is a fourth of it."""
+    most = max(1, min(size, most))
+    return next((d for d in range(most, most // 4, -1) if size % d == 0), most)
+
+
 def _in_blocks(array: jax.Array, block_size: int) -> jax.Array:
     """(..., m, n) as (..., m / rows, rows, n / columns, columns), padded with zeros."""
     rows, columns = block_shape(array.shape, block_size)
@@ -342,22 +353,18 @@ def _dynamic_step(share: jax.Array, top: int, up: jax.typing.ArrayLike) -> jax.A
     to ``top``, has the number ``2**e + j``. Position within a decade is bent where a neighbour
     belongs to the decade below or above, so that between any two values it is linear.
     """
-    least = top - _DECADES
-    decade = jnp.zeros(share.shape, jnp.int32)
-    stretch = jnp.full_like(share, 10.0**_DECADES * 2.0**least / 0.9)
-    for k in range(_DECADES):
-        above = share >= 10.0 ** (k - _DECADES)
-        decade = jnp.where(above, k + 1, decade)
-        stretch = jnp.where(
-            above, 10.0 ** (_DECADES - 1 - k) * 2.0 ** (least + k + 1) / 0.9, stretch
-        )
-    bins = _power_of_two(decade + least)
-    at = share * stretch - bins / 9 - 0.5
-    below = jnp.where(decade == 0, 1 / (2.0**least / 9 + 0.5), 5 / 3)
-    beyond = jnp.where(decade == _DECADES, 2.0, 1 / 3)
-    last = bins - 1
-    at = jnp.where(at < 0, at * below, jnp.where(at > last, last + (at - last) * beyond, at))
-    number = jnp.clip(bins + jnp.floor(at + up), 0, 2.0 ** (top + 1))
+    fewest, most = 2.0 ** (top - _DECADES), 2.0**top
+    bins = jnp.full_like(share, most)
+    for decades in (3, 2, 1):  # together as many as there are below the first one
+        small = share < 10.0**-decades
+        share = jnp.where(small, share * 10.0**decades, share)
+        bins = jnp.where(small, bins * 2.0**-decades, bins)
+    at = (share / 0.9 - 1 / 9) * bins - 0.5
+    slope_below = jnp.where(bins == fewest, 1 / (fewest / 9 + 0.5), 5 / 3)
+    slope_beyond = jnp.where(bins == most, 2.0, 1 / 3)
+    beyond = jnp.maximum(at - (bins - 1), 0)
+    at += jnp.minimum(at, 0) * (slope_below - 1) + beyond * (slope_beyond - 1)
+    number = jnp.minimum(bins + jnp.floor(at + up), 2 * most)
     return jnp.maximum(number - (top - _DECADES), 0)
 
 
