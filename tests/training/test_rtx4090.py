@@ -1,4 +1,4 @@
-"""The 7B model's layerwise step compiled for a card that is not here: the README's figures."""
+"""Layerwise steps compiled for a card that is not here: the README's figures."""
 
 import importlib.util
 import json
@@ -14,20 +14,30 @@ pytestmark = pytest.mark.skipif(
 )
 
 
-def test_seven_billion_parameters_fit_an_rtx4090(tmp_path):
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("model", "sequences", "everyday", "with_basis"),
+    [  # the paper measures 22.0e9 for the first, the reference 22.8e9 for the second
+        ("llama_7b", 1, 20.0e9, 20.2e9),
+        ("llama_7b", 16, 21.0e9, 21.5e9),
+        ("llama_1b", 1, 4.3e9, 4.3e9),
+    ],
+)
+def test_layerwise_fits_an_rtx4090(model, sequences, everyday, with_basis, tmp_path):
     command = [
         *(sys.executable, "-m", "galore_jax.memory", "--target=rtx4090"),
-        *("--config=configs/llama_7b.py:optimizer=adamw8bit", "--config.updates=layerwise"),
-        *("--config.optimizer.clip_norm=None", "--config.batch_size=1"),
+        *(f"--config=configs/{model}.py:optimizer=adamw8bit", "--config.updates=layerwise"),
+        *("--config.optimizer.clip_norm=None", f"--config.batch_size={sequences}"),
         *("--config.micro_batch_size=1", f"--json={tmp_path}/m.json"),
     ]
     # In a process of its own: what XLA is told there is for the whole process.
     subprocess.run(command, cwd=ROOT, check=True, env={**os.environ, "PYTHONPATH": str(ROOT)})
     report = json.loads((tmp_path / "m.json").read_text())["reports"][0]
     assert report["fits"] is True
-    everyday, with_basis = report["plans"].values()
-    assert everyday["peak"] <= 20.0e9  # the paper measures 22.0
-    assert with_basis["peak"] <= 21.0e9
+    plans = list(report["plans"].values())
+    assert plans[0]["peak"] <= everyday
+    assert plans[1]["peak"] <= with_basis
     counted = sum(row["bytes"] for row in report["rows"] if row["source"] == "counted")
     gradients = next(row["bytes"] for row in report["rows"] if row["name"] == "gradients")
-    assert everyday["arguments"] == pytest.approx(counted - gradients, rel=1e-3)
+    for plan in plans:
+        assert plan["arguments"] == pytest.approx(counted - gradients, rel=1e-3)
