@@ -145,7 +145,9 @@ def test_a_slice_of_a_stack_is_the_slice_quantised(encoding):
     mapped = jax.vmap(lambda x: quantize(x, encoding))(given)
     np.testing.assert_array_equal(mapped.codes, stack.codes)
     _, scanned = jax.lax.scan(lambda _, x: (None, dequantize(x)), None, stack)
-    np.testing.assert_array_equal(scanned, dequantize(stack))
+    # Compiled, factors may be multiplied in another order: two units in the last place, or four of
+    # a square.
+    np.testing.assert_allclose(scanned, dequantize(stack), rtol=4 * 2.0**-23)
 
 
 def test_what_cannot_be_quantised():
