@@ -323,7 +323,7 @@ def check_block_size(block_size: Any) -> None:
 
 
 def _dividing(size: int, most: int) -> int:
-    """The largest divisor of a size that is at most ``most``, unless that is a fourth of it."""
+    """The largest divisor of a size up to ``most``; ``most`` itself if only a fourth is left."""
     most = max(1, min(size, most))
     return next((d for d in range(most, most // 4, -1) if size % d == 0), most)
 

@@ -162,7 +162,7 @@ STOCHASTIC = {"param_dtype": "bfloat16", "param_rounding": "stochastic"}
 )
 def test_every_mode_resumes_bit_for_bit(arg, overrides, tmp_path):
     # The update after the checkpoint of step 8 keeps the bases of the update before it.
-    config = tiny_config(arg, train_steps=10, galore__update_proj_gap=4, **overrides)
+    config = tiny_config(arg, train_steps=10, **overrides)
     loop.train(config, tmp_path)
     uninterrupted, newest = numbers(tmp_path), tmp_path / "checkpoints" / "10"
     weights_and_state = leaf_sums(newest)

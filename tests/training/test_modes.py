@@ -62,6 +62,12 @@ def check_same(a, b, atol=1e-5):
         )
 
 
+def check_same_metrics(metrics, expected):
+    for mine, theirs in zip(metrics, expected, strict=True):
+        for key in theirs:
+            np.testing.assert_allclose(mine[key], theirs[key], rtol=1e-4)
+
+
 OPTIMIZERS = {
     "adamw": {"optimizer__weight_decay": 0.1, "optimizer__eps": 1e-3},
     "adamw8bit": {"optimizer__eps": 1e-3},
@@ -112,9 +118,7 @@ def test_a_block_in_halves_is_the_block(arg):
     state, metrics = run(config_of(arg, remat=True, micro_batch_size=2, **shared))
     expected, expected_metrics = run(config_of(arg, **shared))
     check_same(state, expected)
-    for mine, theirs in zip(metrics, expected_metrics, strict=True):
-        for key in theirs:
-            np.testing.assert_allclose(mine[key], theirs[key], rtol=1e-4)
+    check_same_metrics(metrics, expected_metrics)
 
 
 def one_after_the_other(monkeypatch):
@@ -137,9 +141,7 @@ def test_micro_batches_are_one_batch(arg, updates, prepare, monkeypatch):
     state, metrics = run(config_of(arg, micro_batch_size=1, **settings_of))
     expected, expected_metrics = run(config_of(arg, **settings_of))
     check_same(state, expected)
-    for mine, theirs in zip(metrics, expected_metrics, strict=True):
-        for key in theirs:
-            np.testing.assert_allclose(mine[key], theirs[key], rtol=1e-4)
+    check_same_metrics(metrics, expected_metrics)
 
 
 @pytest.mark.parametrize("updates", ["standard", "layerwise"])
