@@ -13,11 +13,12 @@ import numpy as np
 from galore_jax.data.batches import TextData
 from galore_jax.errors import UserError
 from galore_jax.memory import compiled_plan, memory_table
-from galore_jax.training import fit, modes, settings, steps
+from galore_jax.memory.fit import check_fit, compile_steps
+from galore_jax.training import modes, settings, steps
 from galore_jax.training.checkpoints import Checkpoints, Restored
+from galore_jax.training.experiment import Experiment
 from galore_jax.training.metrics import MetricsLog, write_run_record
 from galore_jax.training.optimizers import make_optimizer
-from galore_jax.training.plans import abstract_batch
 from galore_jax.training.progress import Progress, format_count, format_duration
 from galore_jax.training.signals import StopRequest
 from galore_jax.training.steps import TrainState
@@ -108,14 +109,17 @@ class _Run:
 
         lowered = {
             refresh: jax.jit(step, donate_argnums=0).lower(
-                abstract_state, abstract_batch(config, config.batch_size)
+                abstract_state, Experiment(config, tx).abstract_batch(config.batch_size)
             )
             for refresh, step in modes.train_steps(config, tx).items()
         }
-        self.train_steps = fit.compiled(config, lowered)
+        self.train_steps = compile_steps(config, lowered)
         self.eval_step = (
             jax.jit(steps.make_eval_step(settings.model_config(config)))
-            .lower(abstract_state.params, abstract_batch(config, config.micro_batch_size))
+            .lower(
+                abstract_state.params,
+                Experiment(config, tx).abstract_batch(config.micro_batch_size),
+            )
             .compile()
         )
         self.all_finite = jax.jit(steps.all_finite)
@@ -127,7 +131,7 @@ class _Run:
             for refresh, step in self.train_steps.items()
         }
         print(memory_table(params, opt_state, gradients, plans))
-        self.planned_memory = fit.check(config, plans)
+        self.planned_memory = check_fit(config, plans)
         print(f"compiled in {time.monotonic() - begun:.1f} s", flush=True)
 
     def resume(self, restored: Restored) -> TrainState:

@@ -10,7 +10,7 @@ import jax.numpy as jnp
 import optax
 
 from galore_jax.errors import UserError
-from galore_jax.memory import tree_bytes
+from galore_jax.memory.count import tree_bytes
 from galore_jax.models.llama import init_params
 from galore_jax.projected_grad import projected_kernels, variables_of
 from galore_jax.stacks import keeps_leaves_apart

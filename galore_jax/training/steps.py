@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from galore_jax.memory import tree_bytes
+from galore_jax.memory.count import tree_bytes
 from galore_jax.models import llama
 from galore_jax.models.llama import LlamaConfig
 from galore_jax.projected_grad import (

@@ -1,4 +1,4 @@
-"""Devices to compile for: this machine's own, or others that need not be there."""
+"""Devices to compile for: this machine's own, and others that need not be there."""
 
 import contextlib
 import dataclasses
@@ -16,17 +16,17 @@ from jax.experimental import topologies
 
 from galore_jax.errors import UserError
 
-# Compilation without the card: no timing of kernels to choose among them.
+# Without the card, the compiler cannot time kernels to choose among them.
 _GPU_FLAGS = ("--xla_gpu_autotune_level=0", "--xla_gpu_enable_triton_gemm=false")
-_HERE = ("auto", "cpu")
+_LOCAL = ("auto", "cpu")
 
 
 @dataclasses.dataclass(frozen=True)
 class Target:
-    """A device.
+    """A device to compile for.
 
     Attributes:
-      name: what ``--target`` calls it.
+      name: its name for ``--target``.
       label: its makers' name for it.
       platform: ``"cpu"``, ``"cuda"``, ``"tpu"``, or JAX's name of this machine's own.
       memory: bytes that programs can have; None if that is not known.
@@ -41,11 +41,6 @@ class Target:
     device: Any
     bfloat16_products: bool = True
 
-    @property
-    def is_here(self) -> bool:
-        """Whether it is this machine's own device."""
-        return self.name in _HERE
-
 
 def target_names() -> list[str]:
     """The names that :func:`find_target` knows.
@@ -53,13 +48,13 @@ def target_names() -> list[str]:
     >>> "rtx4090" in target_names()
     True
     """
-    return [*_HERE, *_facts()]
+    return [*_LOCAL, *_known_targets()]
 
 
 def prepare_process() -> None:
-    """Sets what compiling for a GPU that is not there needs; before JAX is first used.
+    """Sets the environment that compiling for an absent GPU or TPU needs.
 
-    Without effect on a machine with a GPU of its own, whose flags are left alone.
+    Call it before JAX is first used. Flags that the user has set are left alone.
     """
     os.environ.setdefault("JAX_SKIP_CUDA_CONSTRAINTS_CHECK", "1")
     os.environ.setdefault("TPU_SKIP_MDS_QUERY", "1")
@@ -71,7 +66,7 @@ def prepare_process() -> None:
 
 
 def find_target(name: str) -> Target:
-    """The device of a name, or of a TOML file like ``targets.toml`` with one table.
+    """Finds a device by its name, or by a TOML file like ``targets.toml`` with one table.
 
     ``auto`` is this machine's own; ``cpu`` its processor, whose memory is the machine's.
 
@@ -82,33 +77,33 @@ def find_target(name: str) -> Target:
     >>> find_target("cpu").label
     'cpu'
     """
-    if name in _HERE:
+    if name in _LOCAL:
         device = jax.devices("cpu")[0] if name == "cpu" else jax.local_devices()[0]
-        return Target(name, device.device_kind, device.platform, _memory_here(device), device)
+        return Target(name, device.device_kind, device.platform, _local_memory(device), device)
     if name.endswith(".toml"):
         path = Path(name)
         if not path.is_file():
             raise UserError(f"--target={name}: there is no such file")
-        with _named(name):
+        with _naming(name):
             tables = tomllib.loads(path.read_text())
             if len(tables) != 1:
                 raise UserError(f"--target={name} must have one table, it has {len(tables)}")
-            return _compiled_for(*next(iter(tables.items())))
-    facts = _facts()
-    if name not in facts:
+            return _remote_target(*next(iter(tables.items())))
+    known = _known_targets()
+    if name not in known:
         near = difflib.get_close_matches(name, target_names(), n=1)
         hint = f"did you mean {near[0]}?" if near else "or a file of your own, NAME.toml"
         raise UserError(f"--target={name} is none of {', '.join(target_names())}; {hint}")
-    return _compiled_for(name, facts[name])
+    return _remote_target(name, known[name])
 
 
-def _facts() -> dict[str, dict[str, Any]]:
-    text = importlib.resources.files("galore_jax").joinpath("targets.toml").read_text()
+def _known_targets() -> dict[str, dict[str, Any]]:
+    text = importlib.resources.files("galore_jax.memory").joinpath("targets.toml").read_text()
     return tomllib.loads(text)
 
 
-def _compiled_for(name: str, facts: dict[str, Any]) -> Target:
-    with _named(name):
+def _remote_target(name: str, facts: dict[str, Any]) -> Target:
+    with _naming(name):
         platform = facts["platform"]
         if platform == "tpu":
             topology = {"platform": "tpu", "topology_name": facts["topology"]}
@@ -130,13 +125,17 @@ def _compiled_for(name: str, facts: dict[str, Any]) -> Target:
 
 
 @contextlib.contextmanager
-def _named(name: str) -> Iterator[None]:
+def _naming(name: str) -> Iterator[None]:
     try:
         yield
     except KeyError as error:
-        raise UserError(f"--target={name} lacks {error}; see galore_jax/targets.toml") from error
+        raise UserError(
+            f"--target={name} lacks {error}; see galore_jax/memory/targets.toml"
+        ) from error
     except (tomllib.TOMLDecodeError, TypeError, AttributeError) as error:
-        raise UserError(f"--target={name} is not like galore_jax/targets.toml: {error}") from error
+        raise UserError(
+            f"--target={name} is not like galore_jax/memory/targets.toml: {error}"
+        ) from error
 
 
 def _device(name: str, extra: str, module: str, **topology: str) -> Any:
@@ -156,7 +155,7 @@ def _missing(name: str, extra: str, module: str, error: Exception) -> UserError:
     return UserError(f"--target={name} cannot be compiled for here: {error}")
 
 
-def _memory_here(device: Any) -> int | None:
+def _local_memory(device: Any) -> int | None:
     if device.platform == "cpu":
         return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
     stats = device.memory_stats()

@@ -4,7 +4,7 @@ from pathlib import Path
 
 from configs import sample
 
-ROOT = Path(__file__).parents[2]
+ROOT = Path(__file__).parents[1]
 
 # Updates 0, 3, 6, ... change the basis; checkpoints fall between them.
 OVERRIDES = {

@@ -1,44 +1,19 @@
-"""The compiler's memory plan of a config's own steps, for any target, and what would fit."""
+"""Says from the compiler's plans whether a run fits a device, and which settings would fit."""
 
-import re
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 import jax
-import numpy as np
-from jax.sharding import SingleDeviceSharding
 
 from galore_jax.errors import UserError
-from galore_jax.memory import CompiledPlan, compiled_plan
-from galore_jax.targets import Target
-from galore_jax.training import modes, steps
-from galore_jax.training.optimizers import make_optimizer
+from galore_jax.memory.compile import CompiledPlan, DoesNotFit, compile_for, compile_lowered
+from galore_jax.memory.targets import Target, find_target
+from galore_jax.training.experiment import Experiment, make_experiment, step_name
 from galore_jax.training.settings import Config
-
-_UNITS = {"K": 2**10, "M": 2**20, "G": 2**30}
-
-
-class DoesNotFit(UserError):
-    """A compiler that gives up because the program takes more memory than there is.
-
-    Attributes:
-      needed: bytes, as far as the compiler says; else 0.
-    """
-
-    def __init__(self, message: str):
-        super().__init__(message)
-        said = re.search(r"(?:Used|temporaries \()\s*([\d.]+)([KMG])", message)
-        self.needed = int(float(said[1]) * _UNITS[said[2]]) if said else 0
-
-
-def abstract_batch(config: Config, sequences: int) -> steps.Batch:
-    """The shapes of a batch."""
-    shape = jax.ShapeDtypeStruct((sequences, config.data.seq_len), np.int32)
-    return {"tokens": shape, "targets": shape}  # pyright: ignore[reportReturnType]
 
 
 def plan_steps(
-    config: Config, target: Target, *, all_steps: bool = True
+    experiment: Experiment, target: Target, *, all_steps: bool = True
 ) -> dict[str, CompiledPlan]:
     """The plans of a run's steps, by their names, compiled for a target.
 
@@ -48,52 +23,73 @@ def plan_steps(
       DoesNotFit: the compiler gives up for lack of memory.
       UserError: settings that do not fit together, or that the target's compiler refuses.
     """
-    if config.dtype == "bfloat16" and not target.bfloat16_products:
+    if experiment.config.dtype == "bfloat16" and not target.bfloat16_products:
         raise UserError(
             f"XLA refuses matrix products in bfloat16 for a {target.label}; give "
             "--config.dtype=float32, or float16 (weights may stay in bfloat16)"
         )
-    tx = make_optimizer(config)
-    state = modes.abstract_state(config, tx)
-    place = SingleDeviceSharding(target.device)
+    state = experiment.abstract_state()
+    batch = experiment.abstract_batch(experiment.config.batch_size)
     plans = {}
-    for refresh, step in modes.train_steps(config, tx).items():
-        jitted = jax.jit(step, donate_argnums=0, in_shardings=place, out_shardings=place)
-        lowered = jitted.lower(state, abstract_batch(config, config.batch_size))
-        plan = compiled_plan(compile_or_say(lowered), target.label)
-        if plan is None:
-            raise UserError(f"the compiler for {target.label} tells no memory plan")
-        plans[modes.step_name(refresh)] = plan
+    for refresh, step in experiment.train_steps().items():
+        plans[step_name(refresh)] = plan = compile_for(target, step, state, batch)
         if not all_steps and target.memory is not None and plan.peak > target.memory:
             break
     return plans
 
 
-def compile_or_say(lowered: jax.stages.Lowered) -> jax.stages.Compiled:
-    """``lowered.compile()``.
+def compile_steps(
+    config: Config, lowered: Mapping[bool, jax.stages.Lowered]
+) -> dict[bool, jax.stages.Compiled]:
+    """Compiles the steps of a run that is about to start.
 
     Raises:
-      DoesNotFit: the compiler gives up for lack of memory.
+      UserError: the compiler gives up for lack of memory; with settings that would fit.
     """
     try:
-        return lowered.compile()
-    except jax.errors.JaxRuntimeError as error:
-        first = str(error).partition("\n")[0]
-        if "RESOURCE_EXHAUSTED" in first:
-            raise DoesNotFit(first) from error
-        raise
+        return {refresh: compile_lowered(step) for refresh, step in lowered.items()}
+    except DoesNotFit as error:
+        raise UserError(f"the training step does not fit: {error}; {_advice(config)}") from error
 
 
-def advice(config: Config, target: Target, say: Callable[[str], None]) -> list[str] | None:
-    """Settings with which a run fits, found by compiling: as few as it takes, in a fixed order.
+def check_fit(config: Config, plans: Mapping[str, CompiledPlan | None]) -> int:
+    """Checks the plans of a run's steps against this device's memory.
+
+    Returns:
+      The largest plan's peak in bytes; 0 without plans.
+
+    Raises:
+      UserError: it does not fit, by how much, and settings that would; not with
+        ``config.ignore_memory_plan``.
+    """
+    peak = max((plan.peak for plan in plans.values() if plan is not None), default=0)
+    target = find_target("auto")
+    if target.memory is None or peak <= target.memory or config.ignore_memory_plan:
+        return peak
+    raise UserError(
+        f"the training step takes {peak / 2**30:,.2f} GiB, {target.label} has "
+        f"{target.memory / 2**30:,.2f} GiB, {(peak - target.memory) / 2**30:,.2f} GiB too few; "
+        f"{_advice(config)}, or try all the same with --config.ignore_memory_plan=True"
+    )
+
+
+def _advice(config: Config) -> str:
+    flags = find_fitting_flags(config, find_target("auto"), lambda text: print(text, flush=True))
+    return "it would fit with " + " ".join(flags) if flags else "no settings were found that fit"
+
+
+def find_fitting_flags(
+    config: Config, target: Target, say: Callable[[str], None]
+) -> list[str] | None:
+    """Finds settings with which a run fits, by compiling: as few as it takes, in a fixed order.
 
     The order: layerwise updates, 8-bit moments, recomputed blocks, smaller micro-batches, a lower
     rank.
 
     Args:
-      config: one that does not fit; it is left as it is.
-      target: what it does not fit.
-      say: told what is tried.
+      config: one that does not fit; it is not changed.
+      target: the device that it does not fit.
+      say: is told of each attempt.
 
     Returns:
       The flags to add to the command, or None if even all of them are not enough.
@@ -105,7 +101,7 @@ def advice(config: Config, target: Target, say: Callable[[str], None]) -> list[s
         given = [f"--config.{key}={value}" for key, value in flags.items()]
         say(f"trying {' '.join(given)}")
         try:
-            plans = plan_steps(tried, target, all_steps=False)
+            plans = plan_steps(make_experiment(tried), target, all_steps=False)
             peak = max(plan.peak for plan in plans.values())
             if target.memory is None or peak <= target.memory:
                 return given
@@ -119,7 +115,7 @@ def advice(config: Config, target: Target, say: Callable[[str], None]) -> list[s
 
 
 def _changes(config: Config) -> Iterator[dict[str, Any]]:
-    """What to change next, given what has been changed so far."""
+    """The next settings to change, given what has been changed so far."""
     if config.updates != "layerwise":
         change: dict[str, Any] = {"updates": "layerwise"}
         if config.optimizer.clip_norm is not None:

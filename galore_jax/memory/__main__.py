@@ -1,18 +1,17 @@
-r"""Where every byte of a training step goes, for hardware that need not be here.
+r"""Reports where every byte of a training step goes, for hardware that need not be here.
 
-  python -m galore_jax.memory --config=configs/llama_7b.py:optimizer=adamw8bit \
-      --target=rtx4090 --config.updates=layerwise --config.optimizer.clip_norm=None
+  python -m galore_jax.memory --config=configs/llama.py:7b_24gb --target=rtx4090
       the report of one config, compiled for one card
-  python -m galore_jax.memory --config=configs/llama_7b.py --target=rtx4090 --compare \
+  python -m galore_jax.memory --config=configs/llama.py:7b --target=rtx4090 --compare \
       --plot=memory.png
       AdamW, Adafactor, 8-bit Adam, LoRA and GaLore side by side, and a chart of them
 
-What is compiled is the trainer's own step: the same config trains with train.py.
+It compiles the trainer's own step: the same config trains with train.py.
 
 report flags:
   --target=NAME|FILE.toml the card; default: auto, this machine's own. Names: TARGETS
                           GPUs need the extra gpu-target, TPUs tpu-target; a card of your own is
-                          a file like galore_jax/targets.toml
+                          a file like galore_jax/memory/targets.toml
   --compare               the methods side by side, with this model, batch and rank
   --json=FILE             the numbers, for programs (docs/memory.md)
   --plot=FILE.png|.svg    a chart (extra: plot)
@@ -25,8 +24,8 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from galore_jax import targets
 from galore_jax.errors import UserError
+from galore_jax.memory import targets
 
 _ROOT = Path(__file__).resolve().parents[2]
 
@@ -44,18 +43,17 @@ def main(argv: list[str]) -> int:
 
 
 def _run(argv: list[str]) -> int:
-    from galore_jax.training import memory_compare, memory_report, settings
+    from galore_jax.memory import compare, fit, report
     from galore_jax.training.command import parse
-    from galore_jax.training.plans import advice
+    from galore_jax.training.experiment import make_experiment
 
     own, rest = _own_flags(argv)
-    configs = _configs()
     usage = (__doc__ or "").replace("TARGETS", ", ".join(targets.target_names()))
-    arguments = parse([argv[0], *rest], usage=usage, configs=configs)
+    arguments = parse([argv[0], *rest], usage=usage, configs=_configs())
     if arguments is None:
         return 0
     config = arguments.config
-    settings.check_config(config)
+    experiment = make_experiment(config)
     for path in filter(None, (own.json, own.plot)):
         if not path.parent.is_dir():
             raise UserError(f"{path}: there is no folder {path.parent}")
@@ -64,18 +62,18 @@ def _run(argv: list[str]) -> int:
     target = targets.find_target(own.target)
 
     if own.compare:
-        reports = memory_compare.compare(config, target, _say)
-        print(memory_compare.table(config, reports))
-        _write(own, config, reports, memory_compare.reductions(config, reports))
+        comparison = compare.compare(config, target, _say)
+        print(compare.table(comparison))
+        _write(own, experiment, comparison.reports, less_than_adamw=comparison.less_than_adamw)
         return 0
     _say(f"compiling for {target.label}")
-    report = memory_report.make_report(config, target)
-    print(memory_report.table(report))
-    _write(own, config, [report], None)
-    if report.fits is not False:
+    single = report.make_report(experiment, target)
+    print(report.table(single))
+    _write(own, experiment, [single])
+    if single.fits is not False:
         return 0
     if not own.no_advice:
-        flags = advice(config, target, _say)
+        flags = fit.find_fitting_flags(config, target, _say)
         print("fits with " + " ".join(flags) if flags else "no settings were found that fit")
     return 2
 
@@ -101,25 +99,26 @@ def _configs() -> Path:
     raise UserError("there is no folder configs here: run this in a clone of the repository")
 
 
-def _write(own: argparse.Namespace, config: Any, reports: list[Any], reductions: Any) -> None:
-    from galore_jax.training.memory_plot import plot
-    from galore_jax.training.memory_report import as_json
+def _write(own: argparse.Namespace, experiment: Any, reports: list[Any], **more: Any) -> None:
+    from galore_jax.memory.plot import plot
+    from galore_jax.memory.report import as_json
+    from galore_jax.models.llama import count_params
 
+    config = experiment.config
     if own.json is not None:
-        content: dict[str, Any] = {
-            "format": 1,
-            "reports": [as_json(report, config) for report in reports],
-        }
-        if reductions is not None:
-            content["less_than_adamw"] = reductions
+        content = {"format": 1, "reports": [as_json(report, config) for report in reports], **more}
         own.json.write_text(json.dumps(content, indent=2) + "\n")
         print(f"written: {own.json}")
     if own.plot is not None:
-        size = f"{config.batch_size} x {config.data.seq_len} tokens an update"
-        rank = config.galore.rank
-        plot(reports, own.plot, f"Memory of a training step, {size}, GaLore's rank {rank}")
+        step = f"{config.batch_size} x {config.data.seq_len} tokens, rank {config.galore.rank}"
+        model = f"{count_params(experiment.abstract_state().params) / 1e6:,.1f}M parameters"
+        plot(reports, own.plot, f"Memory of a training step: {model}, {step}")
         print(f"written: {own.plot}")
 
 
 def _say(text: str) -> None:
     print(text, file=sys.stderr, flush=True)
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv))
