@@ -3,12 +3,9 @@
 The other files of this folder start from here and are what ``--config`` takes.
 """
 
-import dataclasses
-
 from ml_collections import ConfigDict, config_dict
 
 from galore_jax.errors import UserError
-from galore_jax.models.presets import PRESETS
 
 
 def get_config(arg: str = "") -> ConfigDict:
@@ -20,7 +17,7 @@ def get_config(arg: str = "") -> ConfigDict:
     config = ConfigDict()
 
     # "galore", or "full": the optimizer on the full gradients. Choose after the colon of --config,
-    # as in --config=configs/llama_60m.py:method=full, so that the learning rate goes with it.
+    # as in --config=configs/llama.py:60m,method=full, so that the learning rate goes with it.
     config.method = "galore"
     config.seed = 0  # of the initial weights and of the order of the data
     config.train_steps = 10_000  # updates
@@ -114,10 +111,3 @@ def get_config(arg: str = "") -> ConfigDict:
                 "method=galore, method=full and optimizer=NAME, separated by commas"
             )
     return config
-
-
-def set_model(config: ConfigDict, preset: str) -> None:
-    """Takes the sizes of a preset of ``galore_jax.models.presets``."""
-    sizes = dataclasses.asdict(PRESETS[preset])
-    for key in config.model:
-        config.model[key] = sizes[key]
