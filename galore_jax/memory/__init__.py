@@ -3,14 +3,12 @@
 ``python -m galore_jax.memory`` reports them for a config of the trainer.
 """
 
-from galore_jax.memory.compile import CompiledPlan, DoesNotFit, compile_for, compiled_plan
+from galore_jax.memory.compile import CompiledPlan, compiled_plan
 from galore_jax.memory.count import StateBytes, count_state, memory_table, tree_bytes
 
 __all__ = [
     "CompiledPlan",
-    "DoesNotFit",
     "StateBytes",
-    "compile_for",
     "compiled_plan",
     "count_state",
     "memory_table",

@@ -1,12 +1,10 @@
-r"""Reports where every byte of a training step goes, for hardware that need not be here.
+r"""Reports where every byte of the trainer's step goes, on hardware that need not be here.
 
   python -m galore_jax.memory --config=configs/llama.py:7b_24gb --target=rtx4090
       the report of one config, compiled for one card
   python -m galore_jax.memory --config=configs/llama.py:7b --target=rtx4090 --compare \
       --plot=memory.png
       AdamW, Adafactor, 8-bit Adam, LoRA and GaLore side by side, and a chart of them
-
-It compiles the trainer's own step: the same config trains with train.py.
 
 report flags:
   --target=NAME|FILE.toml the card; default: auto, this machine's own. Names: TARGETS
@@ -22,12 +20,9 @@ import argparse
 import json
 import sys
 from pathlib import Path
-from typing import Any
 
 from galore_jax.errors import UserError
 from galore_jax.memory import targets
-
-_ROOT = Path(__file__).resolve().parents[2]
 
 
 def main(argv: list[str]) -> int:
@@ -43,7 +38,8 @@ def main(argv: list[str]) -> int:
 
 
 def _run(argv: list[str]) -> int:
-    from galore_jax.memory import compare, fit, report
+    from galore_jax.memory import compare, fit, plot, report
+    from galore_jax.models.llama import count_params
     from galore_jax.training.command import parse
     from galore_jax.training.experiment import make_experiment
 
@@ -54,23 +50,29 @@ def _run(argv: list[str]) -> int:
         return 0
     config = arguments.config
     experiment = make_experiment(config)
-    for path in filter(None, (own.json, own.plot)):
-        if not path.parent.is_dir():
-            raise UserError(f"{path}: there is no folder {path.parent}")
-    if own.plot is not None and own.plot.suffix not in (".png", ".svg"):
-        raise UserError(f"--plot={own.plot} must end in .png or .svg")
+    if own.json is not None and not own.json.parent.is_dir():
+        raise UserError(f"--json={own.json}: there is no folder {own.json.parent}")
+    if own.plot is not None:
+        plot.check_path(own.plot)
     target = targets.find_target(own.target)
-
     if own.compare:
-        comparison = compare.compare(config, target, _say)
-        print(compare.table(comparison))
-        _write(own, experiment, comparison.reports, less_than_adamw=comparison.less_than_adamw)
-        return 0
-    _say(f"compiling for {target.label}")
-    single = report.make_report(experiment, target)
-    print(report.table(single))
-    _write(own, experiment, [single])
-    if single.fits is not False:
+        reports, savings = compare.compare(config, target, _say)
+        print(compare.table(reports, savings))
+        more = {"less_than_adamw": savings}
+    else:
+        _say(f"compiling for {target.label}")
+        reports, more = [report.make_report(experiment, target)], {}
+        print(report.table(reports[0]))
+    if own.json is not None:
+        as_json = [report.as_json(x, config) for x in reports]
+        own.json.write_text(json.dumps({"format": 1, "reports": as_json, **more}, indent=2) + "\n")
+        print(f"written: {own.json}")
+    if own.plot is not None:
+        size = f"{count_params(experiment.abstract_state().params) / 1e6:,.1f}M parameters"
+        step = f"{config.batch_size} x {config.data.seq_len} tokens, rank {config.galore.rank}"
+        plot.plot(reports, own.plot, f"Memory of a training step: {size}, {step}")
+        print(f"written: {own.plot}")
+    if own.compare or reports[0].fits is not False:
         return 0
     if not own.no_advice:
         flags = fit.find_fitting_flags(config, target, _say)
@@ -92,28 +94,11 @@ def _own_flags(argv: list[str]) -> tuple[argparse.Namespace, list[str]]:
 
 
 def _configs() -> Path:
-    for folder in (Path.cwd() / "configs", _ROOT / "configs"):
+    for folder in (Path.cwd() / "configs", Path(__file__).resolve().parents[2] / "configs"):
         if (folder / "base.py").is_file():
             sys.path.insert(0, str(folder.parent))
             return folder
     raise UserError("there is no folder configs here: run this in a clone of the repository")
-
-
-def _write(own: argparse.Namespace, experiment: Any, reports: list[Any], **more: Any) -> None:
-    from galore_jax.memory.plot import plot
-    from galore_jax.memory.report import as_json
-    from galore_jax.models.llama import count_params
-
-    config = experiment.config
-    if own.json is not None:
-        content = {"format": 1, "reports": [as_json(report, config) for report in reports], **more}
-        own.json.write_text(json.dumps(content, indent=2) + "\n")
-        print(f"written: {own.json}")
-    if own.plot is not None:
-        step = f"{config.batch_size} x {config.data.seq_len} tokens, rank {config.galore.rank}"
-        model = f"{count_params(experiment.abstract_state().params) / 1e6:,.1f}M parameters"
-        plot(reports, own.plot, f"Memory of a training step: {model}, {step}")
-        print(f"written: {own.plot}")
 
 
 def _say(text: str) -> None:

@@ -1,19 +1,11 @@
 """Training methods side by side, as in Figures 1 and 4 and Table 1 of the GaLore paper."""
 
-import dataclasses
 from collections.abc import Callable
 
 import jax
 
-from galore_jax.memory.count import STATE_ROWS, Row, bytes_of, tree_bytes
-from galore_jax.memory.report import (
-    ACTIVATIONS,
-    Report,
-    experiment_rows,
-    make_report,
-    unit_for,
-    versions,
-)
+from galore_jax.memory.count import STATE_ROWS, Row, count_state, tree_bytes
+from galore_jax.memory.report import ACTIVATIONS, Report, make_report, unit_for, versions
 from galore_jax.memory.targets import Target
 from galore_jax.projection import effective_rank
 from galore_jax.selection import is_projected
@@ -40,23 +32,12 @@ _PAPER = {
 }
 
 
-@dataclasses.dataclass(frozen=True)
-class Comparison:
-    """Training methods with the same model, batch and rank.
-
-    Attributes:
-      reports: one of each method, the first of AdamW.
-      less_than_adamw: what GaLore saves, as parts of 1: ``"state"``, of the optimizer state in the
-        weights' dtype; ``"state_8bit"``, with 8-bit moments; ``"total"``, of the whole step with
-        8-bit moments and layerwise updates.
-    """
-
-    reports: list[Report]
-    less_than_adamw: dict[str, float]
-
-
-def compare(config: Config, target: Target, say: Callable[[str], None]) -> Comparison:
+def compare(
+    config: Config, target: Target, say: Callable[[str], None]
+) -> tuple[list[Report], dict[str, float]]:
     """Reports each method with the config's model, batch and rank; clipping is left out.
+
+    The numbers beside the reports are what GaLore saves of AdamW's memory, as parts of 1.
 
     Raises:
       UserError: see :func:`galore_jax.memory.report.make_report`.
@@ -69,13 +50,13 @@ def compare(config: Config, target: Target, say: Callable[[str], None]) -> Compa
         if method == "8-bit Adam":
             reports[LORA] = _lora_report(experiment, reports["AdamW"])
     adamw, layerwise = reports["AdamW"], reports[LAYERWISE]
-    rows = experiment_rows(_changed(config, {**_GALORE, "optimizer.name": "adamw"}))
+    in_weights_dtype = _changed(config, {**_GALORE, "optimizer.name": "adamw"}).abstract_state()
     savings = {
-        "state": 1 - bytes_of(rows, *STATE_ROWS) / adamw.optimizer_state,
+        "state": 1 - count_state(in_weights_dtype.opt_state).total / adamw.optimizer_state,
         "state_8bit": 1 - layerwise.optimizer_state / adamw.optimizer_state,
         "total": 1 - layerwise.peak / adamw.peak,
     }
-    return Comparison(list(reports.values()), savings)
+    return list(reports.values()), savings
 
 
 def _changed(config: Config, changes: dict[str, object]) -> Experiment:
@@ -96,51 +77,42 @@ def _lora_report(experiment: Experiment, adamw: Report) -> Report:
     factors = frozen = 0
     for leaf, selected in zip(jax.tree.leaves(params), jax.tree.leaves(mask), strict=True):
         if selected:
-            m, n = leaf.shape[-2:]
-            rank = effective_rank(leaf.shape, settings.rank)
+            (m, n), rank = leaf.shape[-2:], effective_rank(leaf.shape, settings.rank)
             factors += tree_bytes(leaf) * (m + n) * rank // (m * n)
             frozen += tree_bytes(leaf)
     weights = tree_bytes(params)
     trained = weights - frozen + factors
-    rows = (
-        Row("weights", weights + factors, "formula"),
-        Row("gradients", trained, "formula"),
-        Row("first moments", trained, "formula"),
-        Row("second moments", trained, "formula"),
-        Row(ACTIVATIONS, adamw.bytes_of(ACTIVATIONS), "formula"),
-    )
-    return Report(LORA, adamw.target, rows, {}, sum(row.bytes for row in rows))
+    sizes = {
+        "weights": weights + factors,
+        **dict.fromkeys(("gradients", "first moments", "second moments"), trained),
+        ACTIVATIONS: adamw.bytes_of(ACTIVATIONS),
+    }
+    rows = tuple(Row(name, size, "formula") for name, size in sizes.items())
+    return Report(LORA, adamw.target, rows, {}, sum(sizes.values()))
 
 
-def table(comparison: Comparison) -> str:
+def table(reports: list[Report], savings: dict[str, float]) -> str:
     """The methods as lines of text, and the savings beside the paper's.
 
     Sizes are in GiB of 2^30 or MiB of 2^20.
     """
-    reports = comparison.reports
     unit, unit_bytes = unit_for(max(report.peak for report in reports))
     head = ("weights", "gradients", "state", "activations", "peak")
     lines = [f"{unit:<30}" + "".join(f"{name:>13}" for name in head)]
     for report in reports:
-        sizes = (
-            report.bytes_of("weights"),
-            report.bytes_of("gradients"),
-            report.optimizer_state,
-            report.bytes_of(ACTIVATIONS),
-            report.peak,
-        )
+        columns = (("weights",), ("gradients",), STATE_ROWS, (ACTIVATIONS,))
+        sizes = [*(report.bytes_of(*rows) for rows in columns), report.peak]
         cells = "".join(f"{size / unit_bytes:>13,.2f}" for size in sizes)
         fits = {True: "fits", False: "does not fit", None: ""}[report.fits]
-        lines.append(
-            f"{report.method:<30}{cells}  {'formula' if report.method == LORA else fits}".rstrip()
-        )
+        fits = "formula" if report.method == LORA else fits
+        lines.append(f"{report.method:<30}{cells}  {fits}".rstrip())
     lines += ["", f"{'less than AdamW':<30}{'here':>13}{'paper':>13}"]
     for key, (name, paper) in _PAPER.items():
-        lines.append(f"{name:<30}{comparison.less_than_adamw[key]:>13.1%}{paper:>13.1%}")
+        lines.append(f"{name:<30}{savings[key]:>13.1%}{paper:>13.1%}")
     lines += [
         "",
         "weights, gradients and state are counted; activations (and workspace) and peak are the",
-        f"compiler's, LoRA is a formula. Compiled for {reports[0].target.label}, not run on it; "
-        + versions(),
+        f"compiler's, LoRA is a formula. Compiled for {reports[0].target.label}, not run on it;",
+        versions(),
     ]
     return "\n".join(lines)

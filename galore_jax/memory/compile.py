@@ -11,8 +11,6 @@ from jax.sharding import SingleDeviceSharding
 from galore_jax.errors import UserError
 from galore_jax.memory.targets import Target
 
-_UNITS = {"K": 2**10, "M": 2**20, "G": 2**30}
-
 
 @dataclasses.dataclass(frozen=True)
 class CompiledPlan:
@@ -39,16 +37,12 @@ class CompiledPlan:
 
 
 class DoesNotFit(UserError):
-    """A compiler gave up because the program takes more memory than there is.
-
-    Attributes:
-      needed: bytes, as far as the compiler says; else 0.
-    """
+    """A compiler gave up for lack of memory; ``needed`` is in bytes, 0 if it did not say."""
 
     def __init__(self, message: str):
         super().__init__(message)
         said = re.search(r"(?:Used|temporaries \()\s*([\d.]+)([KMG])", message)
-        self.needed = int(float(said[1]) * _UNITS[said[2]]) if said else 0
+        self.needed = int(float(said[1]) * 2 ** {"K": 10, "M": 20, "G": 30}[said[2]]) if said else 0
 
 
 def compiled_plan(compiled: jax.stages.Compiled, device: str) -> CompiledPlan | None:
@@ -63,21 +57,14 @@ def compiled_plan(compiled: jax.stages.Compiled, device: str) -> CompiledPlan | 
     analysis = compiled.memory_analysis()
     if analysis is None:
         return None
-    return CompiledPlan(
-        device,
-        analysis.argument_size_in_bytes,
-        analysis.output_size_in_bytes,
-        analysis.alias_size_in_bytes,
-        analysis.temp_size_in_bytes,
+    sizes = (
+        getattr(analysis, f"{x}_size_in_bytes") for x in ("argument", "output", "alias", "temp")
     )
+    return CompiledPlan(device, *sizes)
 
 
 def compile_lowered(lowered: jax.stages.Lowered) -> jax.stages.Compiled:
-    """``lowered.compile()``, where lack of memory is a :class:`DoesNotFit`.
-
-    Raises:
-      DoesNotFit: the compiler gives up for lack of memory.
-    """
+    """``lowered.compile()``, which raises :class:`DoesNotFit` for lack of memory."""
     try:
         return lowered.compile()
     except jax.errors.JaxRuntimeError as error:
@@ -88,12 +75,7 @@ def compile_lowered(lowered: jax.stages.Lowered) -> jax.stages.Compiled:
 
 
 def compile_for(target: Target, function: Callable[..., Any], *arguments: Any) -> CompiledPlan:
-    """Compiles a function for a target, its first argument donated, and returns the plan.
-
-    Args:
-      target: the device, which need not be there.
-      function: what ``jax.jit`` takes.
-      *arguments: its arguments, or their shapes.
+    """The plan of a function of these arguments (or shapes), the first donated, for a target.
 
     Raises:
       DoesNotFit: the compiler gives up for lack of memory.

@@ -1,7 +1,7 @@
 """Counts, from shapes, the bytes of weights, gradients and optimizer state."""
 
 import dataclasses
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 import jax
@@ -10,34 +10,28 @@ import optax
 
 from galore_jax.memory.compile import CompiledPlan
 
-# The fields in which Optax's states keep moments; everything else is other state.
-_FIRST_MOMENTS = frozenset({"mu", "trace", "ema", "m"})
-_SECOND_MOMENTS = frozenset({"nu", "nu_max", "v", "v_row", "v_col", "sum_of_squares"})
-
 # The rows of a report that are optimizer state, in the order of StateBytes.
-STATE_ROWS = (
-    "projectors",
-    "first moments",
-    "second moments",
-    "quantisation scales",
-    "other state",
-)
+STATE_ROWS = ("projectors", "first moments", "second moments", "quantisation scales", "other state")
+# The fields of Optax's and GaLore's states that say what an array holds; all else is other state.
+_ROW_OF_FIELD = {
+    "projector": "projectors",
+    **dict.fromkeys(("mu", "trace", "ema", "m"), "first moments"),
+    **dict.fromkeys(("nu", "nu_max", "v", "v_row", "v_col", "sum_of_squares"), "second moments"),
+}
 
 
 def tree_bytes(tree: Any) -> int:
-    """Bytes of the arrays (or of the shapes) of a tree.
+    """Bytes of the arrays (or of the shapes) of a tree; two 4-bit integers share a byte.
 
     >>> import jax.numpy as jnp
     >>> tree_bytes({"a": jnp.zeros((3, 4)), "b": jnp.zeros(5, jnp.bfloat16)})
     58
     """
-    return sum(_array_bytes(leaf) for leaf in jax.tree.leaves(tree))
 
+    def bits(dtype: Any) -> int:
+        return jnp.iinfo(dtype).bits if jnp.issubdtype(dtype, jnp.integer) else 8 * dtype.itemsize
 
-def _array_bytes(array: Any) -> int:
-    if jnp.issubdtype(array.dtype, jnp.integer):
-        return -(-array.size * jnp.iinfo(array.dtype).bits // 8)  # two int4 share a byte
-    return array.size * array.dtype.itemsize
+    return sum(-(-leaf.size * bits(leaf.dtype) // 8) for leaf in jax.tree.leaves(tree))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -75,31 +69,21 @@ def count_state(opt_state: optax.OptState) -> StateBytes:
     >>> count_state(jax.eval_shape(tx.init, {"kernel": jnp.ones((64, 256))}))
     StateBytes(projectors=2048, first_moments=8192, second_moments=8192, scales=0, other=8)
     """
-    counted = dict.fromkeys((field.name for field in dataclasses.fields(StateBytes)), 0)
+    counted: dict[str, int] = dict.fromkeys(STATE_ROWS, 0)
     for fields, leaf in _leaves_with_fields(opt_state):
-        counted[_kind(fields)] += tree_bytes(leaf)
-    return StateBytes(**counted)
+        row = "quantisation scales" if fields[-1:] == ["scales"] else _state_row(fields)
+        counted[row] += tree_bytes(leaf)
+    return StateBytes(*counted.values())
 
 
-def _leaves_with_fields(opt_state: optax.OptState) -> list[tuple[list[str], Any]]:
+def _leaves_with_fields(opt_state: optax.OptState) -> Iterator[tuple[list[str], Any]]:
     """Every array with the names of the fields on the way to it."""
-    return [
-        ([key.name for key in path if isinstance(key, jax.tree_util.GetAttrKey)], leaf)
-        for path, leaf in jax.tree_util.tree_leaves_with_path(opt_state)
-    ]
+    for path, leaf in jax.tree_util.tree_leaves_with_path(opt_state):
+        yield [key.name for key in path if isinstance(key, jax.tree_util.GetAttrKey)], leaf
 
 
-def _kind(fields: list[str]) -> str:
-    if fields and fields[-1] == "scales":
-        return "scales"
-    for field in reversed(fields):
-        if field == "projector":
-            return "projectors"
-        if field in _FIRST_MOMENTS:
-            return "first_moments"
-        if field in _SECOND_MOMENTS:
-            return "second_moments"
-    return "other"
+def _state_row(fields: list[str]) -> str:
+    return next((_ROW_OF_FIELD[x] for x in reversed(fields) if x in _ROW_OF_FIELD), "other state")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -120,16 +104,8 @@ class Row:
 def count_rows(params: Any, opt_state: optax.OptState, gradient_bytes: int) -> list[Row]:
     """Weights, gradients and the parts of the optimizer state, each a row."""
     state = dataclasses.astuple(count_state(opt_state))
-    return [
-        Row("weights", tree_bytes(params)),
-        Row("gradients", gradient_bytes),
-        *map(Row, STATE_ROWS, state),
-    ]
-
-
-def bytes_of(rows: list[Row] | tuple[Row, ...], *names: str) -> int:
-    """Bytes of the rows of these names together."""
-    return sum(row.bytes for row in rows if row.name in names)
+    counted = (tree_bytes(params), gradient_bytes, *state)
+    return list(map(Row, ("weights", "gradients", *STATE_ROWS), counted))
 
 
 def memory_table(
@@ -138,35 +114,31 @@ def memory_table(
     gradient_bytes: int,
     plans: Mapping[str, CompiledPlan | None],
 ) -> str:
-    """The memory of a training step beside that of full-rank AdamW, as lines of text.
+    """A table of a training step's counted bytes beside full-rank AdamW's, in MiB of 2^20.
 
     Args:
       params: the weights, or their shapes.
       opt_state: the optimizer's state, or its shapes.
       gradient_bytes: bytes of the gradients, accumulators included.
-      plans: the compiler's plans of the steps, by the steps' names.
-
-    Returns:
-      A table of counted bytes, in MiB of 2^20, and a line with each of the compiler's plans.
+      plans: the compiler's plans of the steps, by the steps' names; each gets a line.
     """
-    ours = count_rows(params, opt_state, gradient_bytes)
-    adamw = count_rows(params, jax.eval_shape(optax.adamw(0.0).init, params), gradient_bytes)
-    paths = (fields for fields, _ in _leaves_with_fields(opt_state))
-    quantised = {_kind(fields) for fields in paths if fields[-1:] == ["codes"]}
-    names = [f"{r.name}, codes" if r.name.replace(" ", "_") in quantised else r.name for r in ours]
+    adamw_state = jax.eval_shape(optax.adamw(0.0).init, params)
+    columns = [count_rows(params, state, gradient_bytes) for state in (opt_state, adamw_state)]
+    for rows in columns:
+        state = sum(row.bytes for row in rows if row.name in STATE_ROWS)
+        total = sum(row.bytes for row in rows)
+        rows += [Row("= optimizer state", state), Row("= total", total)]
+    with_codes = {_state_row(x) for x, _ in _leaves_with_fields(opt_state) if x[-1:] == ["codes"]}
     lines = [f"{'memory, counted (MiB)':<24}{'this run':>12}{'full AdamW':>12}"]
-    sizes = [(row.bytes, other.bytes) for row, other in zip(ours, adamw, strict=True)]
-    names += ["= optimizer state", "= total"]
-    sizes.append((bytes_of(ours, *STATE_ROWS), bytes_of(adamw, *STATE_ROWS)))
-    sizes.append((sum(row.bytes for row in ours), sum(row.bytes for row in adamw)))
-    for name, (size, other) in zip(names, sizes, strict=True):
-        lines.append(f"{name:<24}{size / 2**20:>12,.2f}{other / 2**20:>12,.2f}")
-    for step, plan in plans.items():
-        if plan is not None:
-            lines.append(
-                f"{step} compiled for {plan.device}: peak {plan.peak / 2**20:,.1f} MiB"
-                f" = arguments {plan.arguments / 2**20:,.1f}"
-                f" + outputs {(plan.outputs - plan.aliased) / 2**20:,.1f}"
-                f" + temporary {plan.temporary / 2**20:,.1f}"
-            )
+    for row, adamw in zip(*columns, strict=True):
+        name = f"{row.name}, codes" if row.name in with_codes else row.name
+        lines.append(f"{name:<24}{row.bytes / 2**20:>12,.2f}{adamw.bytes / 2**20:>12,.2f}")
+    lines += [
+        f"{step} compiled for {plan.device}: peak {plan.peak / 2**20:,.1f} MiB"
+        f" = arguments {plan.arguments / 2**20:,.1f}"
+        f" + outputs {(plan.outputs - plan.aliased) / 2**20:,.1f}"
+        f" + temporary {plan.temporary / 2**20:,.1f}"
+        for step, plan in plans.items()
+        if plan is not None
+    ]
     return "\n".join(lines)

@@ -1,5 +1,6 @@
 """Says from the compiler's plans whether a run fits a device, and which settings would fit."""
 
+import math
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
@@ -12,12 +13,8 @@ from galore_jax.training.experiment import Experiment, make_experiment, step_nam
 from galore_jax.training.settings import Config
 
 
-def plan_steps(
-    experiment: Experiment, target: Target, *, all_steps: bool = True
-) -> dict[str, CompiledPlan]:
-    """The plans of a run's steps, by their names, compiled for a target.
-
-    Unless ``all_steps``, those after one that exceeds the target's memory are left out.
+def plan_steps(experiment: Experiment, target: Target) -> Iterator[tuple[str, CompiledPlan]]:
+    """Compiles a run's steps for a target, one by one: their names and plans.
 
     Raises:
       DoesNotFit: the compiler gives up for lack of memory.
@@ -30,22 +27,14 @@ def plan_steps(
         )
     state = experiment.abstract_state()
     batch = experiment.abstract_batch(experiment.config.batch_size)
-    plans = {}
     for refresh, step in experiment.train_steps().items():
-        plans[step_name(refresh)] = plan = compile_for(target, step, state, batch)
-        if not all_steps and target.memory is not None and plan.peak > target.memory:
-            break
-    return plans
+        yield step_name(refresh), compile_for(target, step, state, batch)
 
 
 def compile_steps(
     config: Config, lowered: Mapping[bool, jax.stages.Lowered]
 ) -> dict[bool, jax.stages.Compiled]:
-    """Compiles the steps of a run that is about to start.
-
-    Raises:
-      UserError: the compiler gives up for lack of memory; with settings that would fit.
-    """
+    """Compiles a run's steps; for lack of memory, a UserError has settings that would fit."""
     try:
         return {refresh: compile_lowered(step) for refresh, step in lowered.items()}
     except DoesNotFit as error:
@@ -53,10 +42,7 @@ def compile_steps(
 
 
 def check_fit(config: Config, plans: Mapping[str, CompiledPlan | None]) -> int:
-    """Checks the plans of a run's steps against this device's memory.
-
-    Returns:
-      The largest plan's peak in bytes; 0 without plans.
+    """Checks a run's plans against this device's memory; returns the largest peak, or 0.
 
     Raises:
       UserError: it does not fit, by how much, and settings that would; not with
@@ -81,19 +67,15 @@ def _advice(config: Config) -> str:
 def find_fitting_flags(
     config: Config, target: Target, say: Callable[[str], None]
 ) -> list[str] | None:
-    """Finds settings with which a run fits, by compiling: as few as it takes, in a fixed order.
+    """Finds, by compiling, the flags with which a config that does not fit a target would fit it.
 
-    The order: layerwise updates, 8-bit moments, recomputed blocks, smaller micro-batches, a lower
-    rank.
-
-    Args:
-      config: one that does not fit; it is not changed.
-      target: the device that it does not fit.
-      say: is told of each attempt.
+    They are as few as it takes, in this order: layerwise updates, 8-bit moments, recomputed blocks,
+    smaller micro-batches, a lower rank. ``say`` is told of each attempt.
 
     Returns:
       The flags to add to the command, or None if even all of them are not enough.
     """
+    memory = math.inf if target.memory is None else target.memory
     tried, flags = config.copy_and_resolve_references(), {}
     for change in _changes(tried):
         tried.update_from_flattened_dict(change)
@@ -101,11 +83,11 @@ def find_fitting_flags(
         given = [f"--config.{key}={value}" for key, value in flags.items()]
         say(f"trying {' '.join(given)}")
         try:
-            plans = plan_steps(make_experiment(tried), target, all_steps=False)
-            peak = max(plan.peak for plan in plans.values())
-            if target.memory is None or peak <= target.memory:
+            plans = plan_steps(make_experiment(tried), target)
+            excess = next((plan.peak for _, plan in plans if plan.peak > memory), None)
+            if excess is None:
                 return given
-            say(f"not yet: {peak / 2**30:,.2f} GiB")
+            say(f"not yet: {excess / 2**30:,.2f} GiB")
         except DoesNotFit:
             continue
         except UserError as error:
@@ -117,23 +99,17 @@ def find_fitting_flags(
 def _changes(config: Config) -> Iterator[dict[str, Any]]:
     """The next settings to change, given what has been changed so far."""
     if config.updates != "layerwise":
-        change: dict[str, Any] = {"updates": "layerwise"}
-        if config.optimizer.clip_norm is not None:
-            change["optimizer.clip_norm"] = None
-        yield change
+        clipped = config.optimizer.clip_norm is not None
+        yield {"updates": "layerwise"} | ({"optimizer.clip_norm": None} if clipped else {})
     if config.optimizer.name in ("adam", "adamw"):
         yield {"optimizer.name": "adamw8bit"}
     if not config.remat:
         yield {"remat": True}
     while config.micro_batch_size > 1:
-        change = {"micro_batch_size": _smaller_divisor(config.batch_size, config.micro_batch_size)}
-        if config.method == "galore" and config.galore.refresh_from != "micro_batch":
-            change["galore.refresh_from"] = "micro_batch"
-        yield change
+        most = max(config.micro_batch_size // 8, 1)
+        size = next(size for size in range(most, 0, -1) if config.batch_size % size == 0)
+        from_batch = config.method == "galore" and config.galore.refresh_from == "batch"
+        refresh_from = {"galore.refresh_from": "micro_batch"} if from_batch else {}
+        yield {"micro_batch_size": size} | refresh_from
     while config.method == "galore" and config.galore.rank > 64:
         yield {"galore.rank": config.galore.rank // 2}
-
-
-def _smaller_divisor(batch: int, micro_batch: int) -> int:
-    """The largest divisor of the batch that is at most an eighth of the micro-batch, at least 1."""
-    return next(size for size in range(max(micro_batch // 8, 1), 0, -1) if batch % size == 0)

@@ -1,5 +1,6 @@
 """The memory report as a stacked bar chart."""
 
+import importlib.util
 from pathlib import Path
 
 from galore_jax.errors import UserError
@@ -18,37 +19,36 @@ _PARTS = (
 )
 
 
-def plot(reports: list[Report], path: Path, title: str) -> None:
-    """Draws a bar for each report, in GiB or MiB, with the target's memory as a line.
-
-    Args:
-      reports: of the same target.
-      path: the file to write; its ending says the format, ``.png`` or ``.svg``.
-      title: of the chart.
-
-    Raises:
-      UserError: another ending, a folder that is not there, or matplotlib is missing.
-    """
+def check_path(path: Path) -> None:
+    """Refuses, by a UserError, all but a .png or .svg in a folder, and a missing matplotlib."""
     if path.suffix not in (".png", ".svg"):
         raise UserError(f"--plot={path} must end in .png or .svg")
     if not path.parent.is_dir():
         raise UserError(f"--plot={path}: there is no folder {path.parent}")
-    try:
-        from matplotlib.backends.backend_agg import FigureCanvasAgg
-        from matplotlib.figure import Figure
-        from matplotlib.patches import Patch
-    except ImportError as error:
-        raise UserError("--plot needs matplotlib: pip install 'galore-jax[plot]'") from error
+    if importlib.util.find_spec("matplotlib") is None:
+        raise UserError("--plot needs matplotlib: pip install 'galore-jax[plot]'")
+
+
+def plot(reports: list[Report], path: Path, title: str) -> None:
+    """Draws a bar for each report of a target, in GiB or MiB, with its memory as a line.
+
+    Raises:
+      UserError: see :func:`check_path`.
+    """
+    check_path(path)
+    from matplotlib.figure import Figure
+    from matplotlib.patches import Patch
 
     figure = Figure(figsize=(9.6, 1.5 + 0.44 * len(reports)), layout="constrained")
-    FigureCanvasAgg(figure)
     axes = figure.subplots()
     target, peak = reports[0].target, max(report.peak for report in reports)
     unit, unit_bytes = unit_for(peak)
     widest = max(peak, target.memory or 0) / unit_bytes
     unnamed = {name: colour for name, _, colour, _ in _PARTS}
     for y, report in enumerate(reports):
-        left = 0.0
+        left, weight = 0.0, "bold" if report.fits else "normal"
+        method = f"{report.method or 'this config'}  "
+        axes.text(0, y, method, ha="right", va="center", color=_INK, weight=weight, fontsize=10.5)
         for name, rows, colour, text_colour in _PARTS:
             width = report.bytes_of(*rows) / unit_bytes
             axes.barh(y, width, left=left, color=colour, height=0.7)
@@ -58,30 +58,16 @@ def plot(reports: list[Report], path: Path, title: str) -> None:
             left += width
         # Without a plan the bar is a formula, or the least that the compiler would have needed.
         sign = "" if report.plans or report.method == LORA else "≥ "
-        axes.text(
-            left + 0.008 * widest,
-            y,
-            f"{sign}{report.peak / unit_bytes:,.1f}",
-            va="center",
-            color=_INK,
-            weight="bold" if report.fits else "normal",
-        )
+        size = f"{sign}{report.peak / unit_bytes:,.1f}"
+        axes.text(left + 0.008 * widest, y, size, va="center", color=_INK, weight=weight)
     if target.memory is not None:
         capacity = target.memory / unit_bytes
         axes.axvline(capacity, color=_CARD, linewidth=1.5, linestyle=(0, (4, 2)))
         axes.axvspan(capacity, 2 * widest, color=_CARD, alpha=0.05, linewidth=0, zorder=0)
-        axes.text(
-            capacity,
-            len(reports) - 0.42,
-            f" {target.label}: {capacity:,.1f} {unit} ",
-            color=_CARD,
-            ha="right" if capacity > 0.7 * widest else "left",
-            va="bottom",
-        )
-    names = [report.method or "this config" for report in reports]
-    axes.set_yticks(range(len(reports)), names, fontsize=10.5)
-    for label, report in zip(axes.get_yticklabels(), reports, strict=True):
-        label.set_weight("bold" if report.fits else "normal")
+        label = f" {target.label}: {capacity:,.1f} {unit} "
+        side = "right" if capacity > 0.7 * widest else "left"
+        axes.text(capacity, len(reports) - 0.42, label, color=_CARD, ha=side, va="bottom")
+    axes.set_yticks([])
     axes.set_xlim(0, 1.07 * widest)
     axes.set_ylim(len(reports) - 0.35, -0.5)
     axes.set_title(title, loc="left", fontsize=12, color=_INK, pad=10)

@@ -7,7 +7,7 @@ import jax
 from jaxlib.version import __version__ as jaxlib_version
 
 from galore_jax.memory.compile import CompiledPlan, DoesNotFit
-from galore_jax.memory.count import STATE_ROWS, Row, bytes_of, count_rows
+from galore_jax.memory.count import STATE_ROWS, Row, count_rows
 from galore_jax.memory.fit import plan_steps
 from galore_jax.memory.targets import Target
 from galore_jax.training.experiment import Experiment
@@ -44,7 +44,7 @@ class Report:
 
     def bytes_of(self, *names: str) -> int:
         """Bytes of the rows of these names together."""
-        return bytes_of(self.rows, *names)
+        return sum(row.bytes for row in self.rows if row.name in names)
 
     @property
     def optimizer_state(self) -> int:
@@ -58,9 +58,10 @@ def make_report(experiment: Experiment, target: Target, method: str = "") -> Rep
     Raises:
       UserError: see :func:`galore_jax.memory.fit.plan_steps`; not for lack of memory.
     """
-    rows = experiment_rows(experiment)
+    state = experiment.abstract_state()
+    rows = count_rows(state.params, state.opt_state, experiment.gradient_bytes())
     try:
-        plans = plan_steps(experiment, target)
+        plans = dict(plan_steps(experiment, target))
     except DoesNotFit as error:
         counted = sum(row.bytes for row in rows)
         return Report(method, target, tuple(rows), {}, max(counted, error.needed))
@@ -68,18 +69,12 @@ def make_report(experiment: Experiment, target: Target, method: str = "") -> Rep
     # Gradients are temporaries of the plan. Where it never holds all of them at once, they count
     # for no more than it has.
     temporary = ordinary.peak - ordinary.arguments
-    gradients = min(bytes_of(rows, "gradients"), temporary)
+    gradients = min(rows[1].bytes, temporary)
     rows[1] = Row("gradients", gradients)
     rows.append(Row(ACTIVATIONS, temporary - gradients, "compiled"))
     if peak > ordinary.peak:
         rows.append(Row(AT_A_REFRESH, peak - ordinary.peak, "compiled"))
     return Report(method, target, tuple(rows), plans, peak)
-
-
-def experiment_rows(experiment: Experiment) -> list[Row]:
-    """Weights, gradients and optimizer state, from shapes."""
-    state = experiment.abstract_state()
-    return count_rows(state.params, state.opt_state, experiment.gradient_bytes())
 
 
 def unit_for(peak: int) -> tuple[str, int]:
@@ -96,8 +91,7 @@ def table(report: Report) -> str:
     unit, unit_bytes = unit_for(report.peak)
     lines = [f"{'memory of a training step':<36}{unit:>10}"]
     rows = list(report.rows)
-    after_state = next(i for i, row in enumerate(rows) if row.name == STATE_ROWS[-1]) + 1
-    rows.insert(after_state, Row("= optimizer state", report.optimizer_state))
+    rows.insert(2 + len(STATE_ROWS), Row("= optimizer state", report.optimizer_state))
     rows += [Row(f"= peak, {step}", plan.peak, "compiled") for step, plan in report.plans.items()]
     lines += [f"{row.name:<36}{row.bytes / unit_bytes:>10,.3f}  {row.source}" for row in rows]
     lines.append(verdict(report))
@@ -126,18 +120,14 @@ def versions() -> str:
 
 def as_json(report: Report, config: Config) -> dict[str, Any]:
     """The report for programs: keys are added in time, never changed; sizes are in bytes."""
-    target = {key: getattr(report.target, key) for key in ("name", "label", "platform", "memory")}
+    target = report.target
     return {
-        "method": report.method,
-        "target": target,
+        **vars(report),
+        "target": {key: getattr(target, key) for key in ("name", "label", "platform", "memory")},
         "versions": {"jax": jax.__version__, "jaxlib": jaxlib_version},
-        "rows": [dataclasses.asdict(row) for row in report.rows],
+        "rows": [vars(row) for row in report.rows],
         "optimizer_state": report.optimizer_state,
-        "plans": {
-            name: {**dataclasses.asdict(plan), "peak": plan.peak}
-            for name, plan in report.plans.items()
-        },
-        "peak": report.peak,
+        "plans": {step: {**vars(plan), "peak": plan.peak} for step, plan in report.plans.items()},
         "fits": report.fits,
         "config": dict(flat_items(config)),
     }

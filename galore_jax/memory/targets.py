@@ -4,7 +4,6 @@ import contextlib
 import dataclasses
 import difflib
 import importlib.resources
-import importlib.util
 import os
 import tomllib
 from collections.abc import Iterator
@@ -19,6 +18,8 @@ from galore_jax.errors import UserError
 # Without the card, the compiler cannot time kernels to choose among them.
 _GPU_FLAGS = ("--xla_gpu_autotune_level=0", "--xla_gpu_enable_triton_gemm=false")
 _LOCAL = ("auto", "cpu")
+_FOLDER = importlib.resources.files("galore_jax.memory")
+_FILE = "galore_jax/memory/targets.toml"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -80,48 +81,40 @@ def find_target(name: str) -> Target:
     if name in _LOCAL:
         device = jax.devices("cpu")[0] if name == "cpu" else jax.local_devices()[0]
         return Target(name, device.device_kind, device.platform, _local_memory(device), device)
+    tables = _known_targets()
     if name.endswith(".toml"):
-        path = Path(name)
-        if not path.is_file():
+        if not Path(name).is_file():
             raise UserError(f"--target={name}: there is no such file")
         with _naming(name):
-            tables = tomllib.loads(path.read_text())
-            if len(tables) != 1:
-                raise UserError(f"--target={name} must have one table, it has {len(tables)}")
-            return _remote_target(*next(iter(tables.items())))
-    known = _known_targets()
-    if name not in known:
+            tables = tomllib.loads(Path(name).read_text())
+        if len(tables) != 1:
+            raise UserError(f"--target={name} must have one table, it has {len(tables)}")
+        (name,) = tables
+    if name not in tables:
         near = difflib.get_close_matches(name, target_names(), n=1)
         hint = f"did you mean {near[0]}?" if near else "or a file of your own, NAME.toml"
         raise UserError(f"--target={name} is none of {', '.join(target_names())}; {hint}")
-    return _remote_target(name, known[name])
+    with _naming(name):
+        return _remote_target(name, tables[name])
 
 
 def _known_targets() -> dict[str, dict[str, Any]]:
-    text = importlib.resources.files("galore_jax.memory").joinpath("targets.toml").read_text()
-    return tomllib.loads(text)
+    return tomllib.loads(_FOLDER.joinpath("targets.toml").read_text())
 
 
 def _remote_target(name: str, facts: dict[str, Any]) -> Target:
-    with _naming(name):
-        platform = facts["platform"]
-        if platform == "tpu":
-            topology = {"platform": "tpu", "topology_name": facts["topology"]}
-            device = _device(name, "tpu-target", "libtpu", **topology)
-        elif platform == "cuda":
-            topology = {"platform": "cuda", "topology": "1x1x1"}
-            topology["target_config"] = _target_config(facts)
-            device = _device(name, "gpu-target", "jax_plugins.xla_cuda12", **topology)
-        else:
-            raise UserError(f"--target={name}: platform must be cuda or tpu, got {platform!r}")
-        return Target(
-            name,
-            facts["label"],
-            platform,
-            int(facts["memory"]),
-            device,
-            facts.get("bfloat16_products", True),
-        )
+    platform, label, memory = facts["platform"], facts["label"], int(facts["memory"])
+    if platform == "tpu":
+        device = _device(name, "tpu-target", platform="tpu", topology_name=facts["topology"])
+    elif platform == "cuda":
+        major, minor = str(facts["compute_capability"]).split(".")
+        text = _FOLDER.joinpath("gpu_target.textproto").read_text()  # a GpuTargetConfigProto
+        text = text.format(**facts, major=major, minor=minor)
+        device = _device(name, "gpu-target", platform="cuda", topology="1x1x1", target_config=text)
+    else:
+        raise UserError(f"--target={name}: platform must be cuda or tpu, got {platform!r}")
+    bfloat16 = facts.get("bfloat16_products", True)
+    return Target(name, label, platform, memory, device, bfloat16)
 
 
 @contextlib.contextmanager
@@ -129,30 +122,19 @@ def _naming(name: str) -> Iterator[None]:
     try:
         yield
     except KeyError as error:
-        raise UserError(
-            f"--target={name} lacks {error}; see galore_jax/memory/targets.toml"
-        ) from error
-    except (tomllib.TOMLDecodeError, TypeError, AttributeError) as error:
-        raise UserError(
-            f"--target={name} is not like galore_jax/memory/targets.toml: {error}"
-        ) from error
+        raise UserError(f"--target={name} lacks {error}; see {_FILE}") from error
+    except (ValueError, TypeError, AttributeError) as error:
+        raise UserError(f"--target={name} is not like {_FILE}: {error}") from error
 
 
-def _device(name: str, extra: str, module: str, **topology: str) -> Any:
+def _device(name: str, extra: str, **topology: str) -> Any:
     try:
         return topologies.get_topology_desc(**topology).devices[0]
     except (RuntimeError, ValueError, NotImplementedError, ImportError) as error:
-        raise _missing(name, extra, module, error) from error
-
-
-def _missing(name: str, extra: str, module: str, error: Exception) -> UserError:
-    try:
-        found = importlib.util.find_spec(module) is not None
-    except ModuleNotFoundError:
-        found = False
-    if not found:
-        return UserError(f"--target={name} needs its compiler: pip install 'galore-jax[{extra}]'")
-    return UserError(f"--target={name} cannot be compiled for here: {error}")
+        raise UserError(
+            f"--target={name} needs its compiler, pip install 'galore-jax[{extra}]', and cannot be "
+            f"compiled for here: {str(error).partition(chr(10))[0]}"
+        ) from error
 
 
 def _local_memory(device: Any) -> int | None:
@@ -160,33 +142,3 @@ def _local_memory(device: Any) -> int | None:
         return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
     stats = device.memory_stats()
     return None if stats is None else stats.get("bytes_limit")
-
-
-def _target_config(facts: dict[str, Any]) -> str:
-    """XLA's GpuTargetConfigProto, as text."""
-    major, minor = str(facts["compute_capability"]).split(".")
-    return f"""
-gpu_device_info {{
-  threads_per_block_limit: 1024
-  threads_per_warp: 32
-  shared_memory_per_block: 49152
-  shared_memory_per_core: {facts["shared_memory_per_core"]}
-  threads_per_core_limit: {facts["threads_per_core"]}
-  core_count: {facts["cores"]}
-  fpus_per_core: {facts["fpus_per_core"]}
-  block_dim_limit_x: 2147483647
-  block_dim_limit_y: 65535
-  block_dim_limit_z: 65535
-  memory_bandwidth: {facts["bandwidth"]}
-  l2_cache_size: {facts["l2_cache"]}
-  clock_rate_ghz: {facts["clock_ghz"]}
-  device_memory_size: {facts["memory"]}
-  shared_memory_per_block_optin: {facts["shared_memory_per_block"]}
-  cuda_compute_capability {{ major: {major} minor: {minor} }}
-  registers_per_core_limit: 65536
-  registers_per_block_limit: 65536
-}}
-platform_name: "CUDA"
-dnn_version_info {{ major: 9 minor: 8 }}
-device_description_str: "{facts["label"]}"
-"""

@@ -11,7 +11,6 @@ from tiny import ROOT, tiny_config, tiny_flags
 from galore_jax.errors import UserError
 from galore_jax.memory import (
     CompiledPlan,
-    DoesNotFit,
     __main__,
     compare,
     fit,
@@ -19,7 +18,8 @@ from galore_jax.memory import (
     report,
     targets,
 )
-from galore_jax.memory.count import STATE_ROWS
+from galore_jax.memory.compile import DoesNotFit
+from galore_jax.memory.count import STATE_ROWS, count_rows
 from galore_jax.training import settings, steps
 from galore_jax.training.command import parse
 from galore_jax.training.experiment import make_experiment
@@ -43,7 +43,8 @@ def test_counted_bytes_are_those_of_the_arrays(method, bits):
     state = jax.jit(init)(jax.random.key(0))
     # Two 4-bit integers share a byte of the compiler's arguments, not of nbytes.
     compiled = jax.jit(lambda s: s, donate_argnums=0).lower(state.opt_state).compile()
-    rows = {row.name: row.bytes for row in report.experiment_rows(experiment)}
+    shapes = experiment.abstract_state()
+    rows = {row.name: row.bytes for row in count_rows(shapes.params, shapes.opt_state, 0)}
     assert rows["weights"] == sum(x.nbytes for x in jax.tree.leaves(state.params))
     in_state = sum(rows[name] for name in STATE_ROWS)
     analysis = compiled.memory_analysis()
@@ -90,7 +91,7 @@ def test_advice_fits():
         model__hidden_size=64,
         model__intermediate_size=172,
     )
-    before = max(p.peak for p in fit.plan_steps(make_experiment(config), CPU).values())
+    before = max(plan.peak for _, plan in fit.plan_steps(make_experiment(config), CPU))
     # Layerwise updates take about 0.7 of it.
     small = dataclasses.replace(CPU, memory=int(0.8 * before))
     said = []
@@ -107,7 +108,7 @@ def test_advice_fits():
         value = functools.reduce(lambda c, k: c[k], key.split("."), parsed)
         changed.update_from_flattened_dict({key: value})
     assert (
-        max(p.peak for p in fit.plan_steps(make_experiment(changed), small).values())
+        max(plan.peak for _, plan in fit.plan_steps(make_experiment(changed), small))
         <= small.memory
     )
 
@@ -143,7 +144,7 @@ def test_a_compiler_that_gives_up_is_a_run_that_does_not_fit(monkeypatch):
 def test_bfloat16_is_refused_where_xla_refuses_it():
     t4 = dataclasses.replace(CPU, label="Tesla T4", bfloat16_products=False)
     with pytest.raises(UserError, match="float32, or float16"):
-        fit.plan_steps(make_experiment(config_of(dtype="bfloat16")), t4)
+        next(fit.plan_steps(make_experiment(config_of(dtype="bfloat16")), t4))
 
 
 def test_command_writes_json_and_a_chart(tmp_path, monkeypatch, capsys):
@@ -223,5 +224,5 @@ def test_compiled_temporaries_do_not_grow(updates, projected, most):
         data__seq_len=64,
         galore__rank=16,
     )
-    plan = fit.plan_steps(make_experiment(config), CPU)["training step"]
+    plan = dict(fit.plan_steps(make_experiment(config), CPU))["training step"]
     assert plan.temporary <= 1.05 * most * 2**20
