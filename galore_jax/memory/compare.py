@@ -8,9 +8,9 @@ from galore_jax.memory.count import STATE_ROWS, Row, count_state, tree_bytes
 from galore_jax.memory.report import ACTIVATIONS, Report, make_report, unit_for, versions
 from galore_jax.memory.targets import Target
 from galore_jax.projection import effective_rank
-from galore_jax.selection import is_projected
+from galore_jax.training.config import Config
 from galore_jax.training.experiment import Experiment, make_experiment
-from galore_jax.training.settings import Config
+from galore_jax.weights import projection_mask
 
 LORA = "LoRA (formula)"
 LAYERWISE = "8-bit GaLore, layerwise"
@@ -73,7 +73,7 @@ def _lora_report(experiment: Experiment, adamw: Report) -> Report:
     The other weights are trained as with AdamW, whose activations it is given too.
     """
     params, settings = experiment.abstract_state().params, experiment.config.galore
-    mask = is_projected(params, tuple(settings.target_modules))
+    mask = projection_mask(params, tuple(settings.target_modules))
     factors = frozen = 0
     for leaf, selected in zip(jax.tree.leaves(params), jax.tree.leaves(mask), strict=True):
         if selected:

@@ -9,13 +9,14 @@ import jax.numpy as jnp
 import optax
 
 from galore_jax.memory.compile import CompiledPlan
+from galore_jax.projection import FIRST_MOMENTS
 
 # The rows of a report that are optimizer state, in the order of StateBytes.
 STATE_ROWS = ("projectors", "first moments", "second moments", "quantisation scales", "other state")
 # The fields of Optax's and GaLore's states that say what an array holds; all else is other state.
 _ROW_OF_FIELD = {
     "projector": "projectors",
-    **dict.fromkeys(("mu", "trace", "ema", "m"), "first moments"),
+    **dict.fromkeys(FIRST_MOMENTS | {"m"}, "first moments"),
     **dict.fromkeys(("nu", "nu_max", "v", "v_row", "v_col", "sum_of_squares"), "second moments"),
 }
 

@@ -9,8 +9,8 @@ import jax
 from galore_jax.errors import UserError
 from galore_jax.memory.compile import CompiledPlan, DoesNotFit, compile_for, compile_lowered
 from galore_jax.memory.targets import Target, find_target
+from galore_jax.training.config import Config
 from galore_jax.training.experiment import Experiment, make_experiment, step_name
-from galore_jax.training.settings import Config
 
 
 def plan_steps(experiment: Experiment, target: Target) -> Iterator[tuple[str, CompiledPlan]]:

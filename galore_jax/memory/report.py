@@ -10,8 +10,8 @@ from galore_jax.memory.compile import CompiledPlan, DoesNotFit
 from galore_jax.memory.count import STATE_ROWS, Row, count_rows
 from galore_jax.memory.fit import plan_steps
 from galore_jax.memory.targets import Target
+from galore_jax.training.config import Config, flat_items
 from galore_jax.training.experiment import Experiment
-from galore_jax.training.settings import Config, flat_items
 
 ACTIVATIONS, AT_A_REFRESH = "activations and workspace", "more at a refresh"
 
