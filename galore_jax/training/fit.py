@@ -8,7 +8,7 @@ from galore_jax.errors import UserError
 from galore_jax.memory import CompiledPlan
 from galore_jax.targets import find_target
 from galore_jax.training import plans
-from galore_jax.training.settings import Config
+from galore_jax.training.config import Config
 
 
 def compiled(

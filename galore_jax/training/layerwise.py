@@ -12,15 +12,14 @@ after the other.
 
 import dataclasses
 import functools
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import optax
 
-from galore_jax.models import llama
-from galore_jax.models.llama import LlamaConfig
+from galore_jax.models.stages import BLOCKS, KERNELS, Stages
 from galore_jax.projected_grad import (
     as_gradients,
     project_gradients,
@@ -28,58 +27,37 @@ from galore_jax.projected_grad import (
     variables_of,
     with_coordinates,
 )
-from galore_jax.rounding import Rounding, apply_updates
+from galore_jax.rounding import apply_updates
 from galore_jax.selection import leaf_path
+from galore_jax.training import pieces
 from galore_jax.training.parts import at, put
-from galore_jax.training.pieces import Pieces
 from galore_jax.training.state_parts import StatePart, find_part
-from galore_jax.training.steps import (
-    BLOCK_KERNELS,
-    Batch,
-    ProjectedMode,
-    TrainState,
-    sum_over_parts,
-)
-
-Metrics = dict[str, jax.Array]
+from galore_jax.training.step import Metrics, Mode, Step, TrainState, split_batch, sum_over_parts
+from galore_jax.training.tasks import Batch, Task
 
 
 def make_layerwise_step(
-    model: LlamaConfig,
+    model: Stages,
+    task: Task,
     tx: optax.GradientTransformationExtraArgs,
     schedule: optax.Schedule,
+    mode: Mode,
     *,
-    micro_batches: int,
-    rounding: Rounding = "nearest",
-    refresh: bool | None = None,
-    projected: ProjectedMode | None = None,
-    side_by_side: bool = True,
-) -> Callable[[TrainState, Batch], tuple[TrainState, Metrics]]:
-    """:func:`galore_jax.training.steps.make_train_step` with one layer's gradient at a time.
+    refresh: bool,
+) -> Step:
+    """:func:`galore_jax.training.step.make_train_step` with one layer's gradient at a time.
 
     Args:
-      model, schedule, rounding, refresh, projected: as there.
+      model, task, schedule, mode, refresh: as there.
       tx: an optimizer that keeps the leaves apart, for a model with one layer (no leading axis
         under ``blocks``). The state is the one that the same optimizer has for stacked layers.
-      micro_batches: number of parts of a batch.
-      side_by_side: whether all parts go through a layer before the next one's turn, which keeps
-        the blocks' inputs of the whole batch. Otherwise, with ``projected`` alone, one part goes
-        through all layers after the other: that keeps the float32 sums of all projected gradients
-        (and the blocks' inputs of the whole batch where a new basis is to come from that).
-
-    Raises:
-      ValueError: full gradients of parts one after the other.
     """
-    if not side_by_side and projected is None:
-        raise ValueError("micro-batches one after the other need projected gradients")
-    step = _LayerwiseStep(model, tx, rounding, refresh, projected)
+    step = _LayerwiseStep(model, task, tx, mode, refresh)
 
     def train_step(state: TrainState, batch: Batch) -> tuple[TrainState, Metrics]:
-        tokens = jnp.sum(batch["targets"] >= 0, dtype=jnp.int32)
-        per_target = 1.0 / jnp.maximum(tokens, 1).astype(jnp.float32)
-        parts = jax.tree.map(lambda x: x.reshape(micro_batches, -1, *x.shape[1:]), batch)
-        at_once = refresh and projected is not None and projected.refresh_from == "batch"
-        if side_by_side or micro_batches == 1 or at_once:
+        tokens, per_target, parts = split_batch(task, batch, mode.micro_batches)
+        at_once = refresh and mode.projected and mode.refresh_from == "batch"
+        if mode.side_by_side or mode.micro_batches == 1 or at_once:
             state, metrics, _ = step.walk(state, parts, per_target, full=step.is_full)
         else:
             state, metrics = step.add_up_and_walk(state, parts, per_target)
@@ -114,20 +92,16 @@ class _Group:
 
 @dataclasses.dataclass(frozen=True)
 class _LayerwiseStep:
-    model: LlamaConfig
+    model: Stages
+    task: Task
     tx: optax.GradientTransformationExtraArgs
-    rounding: Rounding
-    refresh: bool | None
-    projected: ProjectedMode | None
+    mode: Mode
+    refresh: bool
 
     @property
     def is_full(self) -> bool:
         """Whether all of the step's gradients are full ones."""
-        return self.projected is None or bool(self.refresh)
-
-    @functools.cached_property
-    def pieces(self) -> Pieces:
-        return Pieces(self.model)
+        return self.refresh or not self.mode.projected
 
     def add_up_and_walk(
         self, state: TrainState, parts: Batch, per_target: jax.Array
@@ -145,9 +119,8 @@ class _LayerwiseStep:
             nodes = self._kernels(state.params, state.opt_state)
 
             def loss(variables: Any, part: Batch) -> jax.Array:
-                applied = llama.apply(self.pieces.graphdef, with_coordinates(nodes, variables))
-                nll, _ = applied.loss(part["tokens"], part["targets"])
-                return nll * per_target
+                outputs = self.model.forward(with_coordinates(nodes, variables), part)
+                return self.task.loss(outputs, part) * per_target
 
             sums = sum_over_parts(
                 jax.value_and_grad(loss), variables_of(nodes), of(begin, last), sums
@@ -182,8 +155,10 @@ class _LayerwiseStep:
         params, arrays = state.params, jax.tree.leaves(state.opt_state)
         *layers, head, tail = self._groups(state)
         earlier_loss, earlier = sums or (jnp.float32(0.0), None)
-        x, inputs = self.pieces.forward(params, parts["tokens"])
-        loss, head_grads, dx = self.pieces.head(params, x, parts["targets"], per_target)
+        x, inputs = pieces.forward(self.model, params, parts)
+        loss, head_grads, dx = pieces.head_gradients(
+            self.model, self.task, params, x, parts, per_target
+        )
         loss = loss + earlier_loss
         visit = functools.partial(self._visit, state, loss, full, only_refresh)
 
@@ -191,7 +166,8 @@ class _LayerwiseStep:
             of_params = {key: params[key] for key in grads}
             return visit(group, of_params, group.state.owned(arrays), _plus(grads, earlier))
 
-        tied_grads = {"embed": head_grads.pop("embed")} if self.model.tie_embeddings else None
+        shared = set(self.model.before.keys) & set(self.model.after.keys)
+        tied_grads = {key: head_grads.pop(key) for key in shared}
         of_head = visit_outer(head, head_grads)
         # The head's gradient is not to outlive its update. (Waiting for the new weights themselves
         # would keep them from being written over the old ones.)
@@ -201,17 +177,17 @@ class _LayerwiseStep:
             blocks, of_groups, dx, squares = carry
             index, x, before = this
             inputs, gradients = [x], {}
-            for part in self.pieces.block_parts[:-1]:
-                inputs.append(part.over_parts(at(index, blocks), inputs[-1]))
+            for part in self.model.block[:-1]:
+                inputs.append(pieces.run_stage(part, at(index, blocks), inputs[-1]))
             for i in reversed(range(len(layers))):
-                part, group = self.pieces.block_parts[i], layers[i]
+                part, group = self.model.block[i], layers[i]
                 layer = at(index, blocks)
                 nodes = {key: layer[key] for key in part.keys}
                 if not full:
                     owned = at(index, of_groups[i])
                     of_model = self._kernels(group.tree(nodes), group.state.state(arrays, owned))
                     nodes = {key: of_model["blocks"][key] for key in part.keys}
-                grads, dx = part.gradients(layer, nodes, inputs[i], dx)
+                grads, dx = pieces.stage_gradients(part, layer, nodes, inputs[i], dx)
                 grads = _plus(grads, before)
                 # The copies of weights and state that the gradients took are gone before those for
                 # the update come, and the latter before the next part.
@@ -231,14 +207,15 @@ class _LayerwiseStep:
             (jnp.arange(len(inputs)), inputs, earlier and earlier["blocks"]),
             reverse=True,
         )
-        tail_grads = {"embed": self.pieces.embedding(params, parts["tokens"], dx)}
-        of_tail = visit_outer(tail, _plus(tail_grads, tied_grads))
+        tail_grads = pieces.input_gradients(self.model, params, parts, dx)
+        tail_grads |= _plus(tied_grads, tail_grads)
+        of_tail = visit_outer(tail, tail_grads)
 
         squares = squares + of_tail.squares
         metrics = {"loss": loss}
         if full:
             metrics["grad_norm"] = jnp.sqrt(squares[0])
-        if self.projected is not None and not only_refresh:
+        if self.mode.projected and not only_refresh:
             metrics["projected_grad_norm"] = jnp.sqrt(squares[1])
         gradients = ()
         if only_refresh:
@@ -263,14 +240,13 @@ class _LayerwiseStep:
             part = find_part(state.opt_state, state.params, kept)
             return _Group(kept, jax.tree.structure(state.params), part)
 
-        of_blocks = [[f"blocks/{key}" for key in part.keys] for part in self.pieces.block_parts]
-        return [group(*each) for each in (*of_blocks, ("final_norm", "lm_head"), ("embed",))]
+        of_blocks = [[f"{BLOCKS}/{key}" for key in part.keys] for part in self.model.block]
+        before = self.model.before.keys
+        after = [key for key in self.model.after.keys if key not in before]
+        return [group(*each) for each in (*of_blocks, after, before)]
 
     def _kernels(self, params: Any, opt_state: optax.OptState) -> Any:
-        assert self.projected is not None
-        return projected_kernels(
-            params, opt_state, proj_type=self.projected.proj_type, kernels=BLOCK_KERNELS
-        )
+        return projected_kernels(params, opt_state, proj_type=self.mode.proj_type, kernels=KERNELS)
 
     def _visit(
         self,
@@ -292,15 +268,18 @@ class _LayerwiseStep:
         of_weights = zip(leaves, jax.tree.leaves(weights), strict=True)
         leaves = [gradient.astype(weight.dtype) for gradient, weight in of_weights]
         grads = as_gradients(nodes, group.tree(leaves))
-        extra: dict[str, Any] = {"value": loss}
-        if self.refresh is not None:
-            extra["refresh"] = "only" if only_refresh else full and self.refresh
-        updates, opt_state = self.tx.update(grads, opt_state, params, **extra)
+        updates, opt_state = self.tx.update(
+            grads,
+            opt_state,
+            params,
+            value=loss,
+            refresh="only" if only_refresh else full and self.refresh,
+        )
         projected = grads
-        if full and self.projected is not None:
+        if full and self.mode.projected:
             projected = project_gradients(self._kernels(params, opt_state), grads)
         if not only_refresh:
-            params = apply_updates(params, updates, before.step, self.rounding)
+            params = apply_updates(params, updates, before.step, self.mode.rounding)
         new_owned, shared = group.state.split(opt_state)
         in_new_bases = {}
         if only_refresh:

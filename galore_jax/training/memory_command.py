@@ -44,8 +44,9 @@ def main(argv: list[str]) -> int:
 
 
 def _run(argv: list[str]) -> int:
-    from galore_jax.training import memory_compare, memory_report, settings
+    from galore_jax.training import memory_compare, memory_report
     from galore_jax.training.command import parse
+    from galore_jax.training.config import check_config
     from galore_jax.training.plans import advice
 
     own, rest = _own_flags(argv)
@@ -55,7 +56,7 @@ def _run(argv: list[str]) -> int:
     if arguments is None:
         return 0
     config = arguments.config
-    settings.check_config(config)
+    check_config(config)
     for path in filter(None, (own.json, own.plot)):
         if not path.parent.is_dir():
             raise UserError(f"{path}: there is no folder {path.parent}")

@@ -8,7 +8,8 @@ from galore_jax.memory import tree_bytes
 from galore_jax.projection import effective_rank
 from galore_jax.selection import is_projected
 from galore_jax.targets import Target
-from galore_jax.training import modes
+from galore_jax.training.config import Config
+from galore_jax.training.experiment import make_experiment
 from galore_jax.training.memory_report import (
     STATE,
     Report,
@@ -18,8 +19,6 @@ from galore_jax.training.memory_report import (
     unit_for,
     versions,
 )
-from galore_jax.training.optimizers import make_optimizer
-from galore_jax.training.settings import Config
 
 LORA = "LoRA (formula)"
 _FULL = {"method": "full", "updates": "standard", "projected_gradients": None}
@@ -63,7 +62,7 @@ def _lora(config: Config, full: Report) -> Report:
 
     The other weights are trained as with AdamW, whose activations it is given too.
     """
-    params = modes.abstract_state(config, make_optimizer(config)).params
+    params = make_experiment(config).abstract_state().params
     mask = is_projected(params, tuple(config.galore.target_modules))
     factors = frozen = 0
     for leaf, selected in zip(jax.tree.leaves(params), jax.tree.leaves(mask), strict=True):

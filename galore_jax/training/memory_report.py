@@ -8,9 +8,9 @@ from jaxlib.version import __version__ as jaxlib_version
 
 from galore_jax.memory import CompiledPlan, count_state, tree_bytes
 from galore_jax.targets import Target
-from galore_jax.training import modes, plans
-from galore_jax.training.optimizers import make_optimizer
-from galore_jax.training.settings import Config, flat_items
+from galore_jax.training import plans
+from galore_jax.training.config import Config, flat_items
+from galore_jax.training.experiment import make_experiment
 
 
 @dataclasses.dataclass(frozen=True)
@@ -95,11 +95,12 @@ def make_report(config: Config, target: Target, method: str = "") -> Report:
 
 def counted_rows(config: Config) -> list[Row]:
     """Weights, gradients and optimizer state, from shapes."""
-    state = modes.abstract_state(config, make_optimizer(config))
+    experiment = make_experiment(config)
+    state = experiment.abstract_state()
     counted = count_state(state.opt_state)
     return [
         Row("weights", tree_bytes(state.params), "counted"),
-        Row("gradients", modes.gradient_bytes(config, state), "counted"),
+        Row("gradients", experiment.gradient_bytes(), "counted"),
         Row("projectors", counted.projectors, "counted"),
         Row("first moments", counted.first_moments, "counted"),
         Row("second moments", counted.second_moments, "counted"),

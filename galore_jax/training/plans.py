@@ -5,15 +5,13 @@ from collections.abc import Callable, Iterator
 from typing import Any
 
 import jax
-import numpy as np
 from jax.sharding import SingleDeviceSharding
 
 from galore_jax.errors import UserError
 from galore_jax.memory import CompiledPlan, compiled_plan
 from galore_jax.targets import Target
-from galore_jax.training import modes, steps
-from galore_jax.training.optimizers import make_optimizer
-from galore_jax.training.settings import Config
+from galore_jax.training.config import Config
+from galore_jax.training.experiment import make_experiment, step_name
 
 _UNITS = {"K": 2**10, "M": 2**20, "G": 2**30}
 
@@ -29,12 +27,6 @@ class DoesNotFit(UserError):
         super().__init__(message)
         said = re.search(r"(?:Used|temporaries \()\s*([\d.]+)([KMG])", message)
         self.needed = int(float(said[1]) * _UNITS[said[2]]) if said else 0
-
-
-def abstract_batch(config: Config, sequences: int) -> steps.Batch:
-    """The shapes of a batch."""
-    shape = jax.ShapeDtypeStruct((sequences, config.data.seq_len), np.int32)
-    return {"tokens": shape, "targets": shape}  # pyright: ignore[reportReturnType]
 
 
 def plan_steps(
@@ -53,17 +45,17 @@ def plan_steps(
             f"XLA refuses matrix products in bfloat16 for a {target.label}; give "
             "--config.dtype=float32, or float16 (weights may stay in bfloat16)"
         )
-    tx = make_optimizer(config)
-    state = modes.abstract_state(config, tx)
+    experiment = make_experiment(config)
+    state = experiment.abstract_state()
     place = SingleDeviceSharding(target.device)
     plans = {}
-    for refresh, step in modes.train_steps(config, tx).items():
+    for refresh, step in experiment.train_steps().items():
         jitted = jax.jit(step, donate_argnums=0, in_shardings=place, out_shardings=place)
-        lowered = jitted.lower(state, abstract_batch(config, config.batch_size))
+        lowered = jitted.lower(state, experiment.abstract_batch(config.batch_size))
         plan = compiled_plan(compile_or_say(lowered), target.label)
         if plan is None:
             raise UserError(f"the compiler for {target.label} tells no memory plan")
-        plans[modes.step_name(refresh)] = plan
+        plans[step_name(refresh)] = plan
         if not all_steps and target.memory is not None and plan.peak > target.memory:
             break
     return plans

@@ -17,13 +17,10 @@ from galore_jax.training import (
     memory_compare,
     memory_plot,
     memory_report,
-    modes,
     plans,
-    settings,
-    steps,
 )
 from galore_jax.training.command import parse
-from galore_jax.training.optimizers import make_optimizer
+from galore_jax.training.experiment import make_experiment
 
 CPU = targets.find_target("cpu")
 
@@ -39,9 +36,7 @@ def config_of(method="8-bit GaLore, layerwise", **overrides):
 @pytest.mark.parametrize("bits", [None, 4])
 def test_counted_bytes_are_those_of_the_arrays(method, bits):
     config = config_of(method, galore__projector_bits=bits)
-    tx = make_optimizer(config)
-    init = functools.partial(steps.init_state, settings.model_config(config), tx)
-    state = jax.jit(init)(jax.random.key(0))
+    state = jax.jit(make_experiment(config).init)(jax.random.key(0))
     # Two 4-bit integers share a byte of the compiler's arguments, not of nbytes.
     compiled = jax.jit(lambda s: s, donate_argnums=0).lower(state.opt_state).compile()
     rows = {row.name: row.bytes for row in memory_report.counted_rows(config)}
@@ -69,8 +64,7 @@ def test_the_plans_arguments_are_what_was_counted():
 )
 def test_gradients_are_those_of_the_mode(method, updates):
     config = tiny_config(f"method={method}", updates=updates, batch_size=4, micro_batch_size=4)
-    state = modes.abstract_state(config, make_optimizer(config))
-    found = modes.gradient_bytes(config, state)
+    found = make_experiment(config).gradient_bytes()
     embedding = 8192 * 16
     linears = 2 * (4 * 16 * 16 + 3 * 16 * 24)
     low = 2 * (4 * 4 * 16 + 3 * 4 * 24)

@@ -1,6 +1,6 @@
 """The pure functions of training: first state, one update, evaluation of one batch."""
 
-import functools
+import dataclasses
 from collections.abc import Callable
 from typing import Any, Literal, NamedTuple
 
@@ -8,9 +8,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from galore_jax.memory import tree_bytes
-from galore_jax.models import llama
-from galore_jax.models.llama import LlamaConfig
+from galore_jax.models.stages import KERNELS, Stages
 from galore_jax.projected_grad import (
     as_gradients,
     project_gradients,
@@ -20,14 +18,10 @@ from galore_jax.projected_grad import (
 )
 from galore_jax.projection import ProjType, is_projected_gradient
 from galore_jax.rounding import Rounding, apply_updates
+from galore_jax.training.tasks import Batch, Task
 
-RefreshFrom = Literal["batch", "micro_batch"]
-# The leaves that are only ever multiplied by galore_jax.projected_grad.linear, a layer at a time.
-BLOCK_KERNELS = r"^blocks/.*/kernel$"
-
+Metrics = dict[str, jax.Array]
 NORMS = ("grad_norm", "projected_grad_norm")
-
-Batch = dict[str, jax.Array]  # "tokens" and "targets", (sequences, seq_len) int32, targets shifted.
 
 
 class TrainState(NamedTuple):
@@ -44,86 +38,84 @@ class TrainState(NamedTuple):
     opt_state: optax.OptState
 
 
-def init_state(model: LlamaConfig, tx: optax.GradientTransformation, key: jax.Array) -> TrainState:
-    """The state before the first update; free of memory under ``jax.eval_shape``."""
-    _, params = llama.init_params(model, key)
-    return TrainState(jnp.zeros([], jnp.int32), params, tx.init(params))
+Step = Callable[[TrainState, Batch], tuple[TrainState, Metrics]]
 
 
-def graph_definition(model: LlamaConfig) -> Any:
-    """The model's static part, for ``llama.apply``."""
-    graphdef, _ = jax.eval_shape(functools.partial(llama.init_params, model), jax.random.key(0))
-    return graphdef
-
-
-class ProjectedMode(NamedTuple):
-    """How gradients are taken that are born projected.
+@dataclasses.dataclass(frozen=True)
+class Mode:
+    """How an update is made. All modes make the same update.
 
     Attributes:
+      updates: ``"standard"``, all gradients before all updates; ``"layerwise"``, each layer's
+        update as soon as its gradient exists, see :mod:`galore_jax.training.layerwise`.
+      projected: whether ordinary steps take the projected gradients of the blocks' kernels.
       proj_type: GaLore's.
-      refresh_from: where a new basis comes from: ``"batch"``, the full gradient of the whole batch,
-        or ``"micro_batch"``, that of its first micro-batch, so that the full gradient is never
-        added up in float32.
+      micro_batches: the number of equal parts of a batch, whose gradients add up in float32.
+      refresh_from: where new projectors come from with projected gradients: ``"batch"``, the full
+        gradient of the whole batch, or ``"micro_batch"``, that of its first micro-batch, so that
+        the full gradient is never added up in float32.
+      rounding: of bfloat16 weights, see :func:`galore_jax.rounding.apply_updates`.
+      side_by_side: layerwise, whether all micro-batches go through a layer before the next one's
+        turn, which keeps the blocks' inputs of the whole batch. Otherwise, with projected gradients
+        alone, one goes through all layers after the other: that keeps the float32 sums of all
+        projected gradients.
     """
 
-    proj_type: ProjType
-    refresh_from: RefreshFrom
+    updates: Literal["standard", "layerwise"] = "standard"
+    projected: bool = False
+    proj_type: ProjType = "std"
+    micro_batches: int = 1
+    refresh_from: Literal["batch", "micro_batch"] = "batch"
+    rounding: Rounding = "nearest"
+    side_by_side: bool = True
+
+    def __post_init__(self):
+        if not self.side_by_side and not self.projected:
+            raise ValueError("micro-batches one after the other need projected gradients")
 
 
 def make_train_step(
-    model: LlamaConfig,
+    model: Stages,
+    task: Task,
     tx: optax.GradientTransformationExtraArgs,
     schedule: optax.Schedule,
+    mode: Mode,
     *,
-    micro_batches: int,
-    rounding: Rounding = "nearest",
-    refresh: bool | None = None,
-    projected: ProjectedMode | None = None,
-) -> Callable[[TrainState, Batch], tuple[TrainState, dict[str, jax.Array]]]:
+    refresh: bool,
+) -> Step:
     """One update: the mean loss over the targets of the whole batch, its gradient, the optimizer.
 
-    The batch is cut into ``micro_batches`` equal parts, whose gradients add up in float32. Each
-    target counts alike, whichever part it is in.
+    Each target counts alike, whichever micro-batch it is in.
 
     Args:
-      model: the model.
+      model, task: what is trained, and to do what.
       tx: the optimizer.
       schedule: its learning rate, for the metrics.
-      micro_batches: number of parts.
-      rounding: of bfloat16 weights, see :func:`galore_jax.rounding.apply_updates`.
-      refresh: for GaLore, whether this is a step that changes the basis.
-      projected: for GaLore, to take projected gradients of the blocks' kernels where ``refresh`` is
-        False; None for full ones always.
+      mode: how.
+      refresh: for GaLore, whether this step makes new projectors, from full gradients.
 
     Returns:
       A pure function of (state, batch) giving the new state and, all () float32 but ``tokens``:
       ``loss`` in nats a target, ``learning_rate``, ``tokens``, the int32 number of targets,
       ``grad_norm``, global and before clipping, where full gradients are there, and with
-      ``projected`` the norm of what the optimizer sees of them, ``projected_grad_norm``.
+      ``mode.projected`` the norm of what the optimizer sees of them, ``projected_grad_norm``.
       Meant for ``jax.jit`` with the state donated.
     """
-    graphdef = graph_definition(model)
 
-    def train_step(state: TrainState, batch: Batch) -> tuple[TrainState, dict[str, jax.Array]]:
-        tokens = jnp.sum(batch["targets"] >= 0, dtype=jnp.int32)
-        per_target = 1.0 / jnp.maximum(tokens, 1).astype(jnp.float32)
-        parts = jax.tree.map(lambda x: x.reshape(micro_batches, -1, *x.shape[1:]), batch)
+    def train_step(state: TrainState, batch: Batch) -> tuple[TrainState, Metrics]:
+        tokens, per_target, parts = split_batch(task, batch, mode.micro_batches)
 
         def part_of_mean(params: Any, part: Batch) -> jax.Array:
-            nll, _ = llama.apply(graphdef, params).loss(part["tokens"], part["targets"])
-            return nll * per_target
+            return task.loss(model.forward(params, part), part) * per_target
 
         def kernels(opt_state: optax.OptState) -> Any:
-            assert projected is not None
             return projected_kernels(
-                state.params, opt_state, proj_type=projected.proj_type, kernels=BLOCK_KERNELS
+                state.params, opt_state, proj_type=mode.proj_type, kernels=KERNELS
             )
 
-        opt_state, norms = state.opt_state, {}
-        of_optimizer = {} if refresh is None else {"refresh": refresh}
-        if projected is None or (
-            refresh and (projected.refresh_from == "batch" or micro_batches == 1)
-        ):
+        opt_state, norms, update_refreshes = state.opt_state, {}, refresh
+        from_batch = mode.refresh_from == "batch" or mode.micro_batches == 1
+        if not mode.projected or (refresh and from_batch):
             loss, grads = sum_over_parts(jax.value_and_grad(part_of_mean), state.params, parts)
             grads = _cast_like(state.params, grads)
             norms["grad_norm"] = gradient_norm(grads)
@@ -147,10 +139,12 @@ def make_train_step(
             )
             grads = as_gradients(nodes, _cast_like(variables_of(nodes), grads))
             norms["projected_grad_norm"] = gradient_norm(grads)
-            of_optimizer = {"refresh": False}
+            update_refreshes = False
 
-        updates, opt_state = tx.update(grads, opt_state, state.params, value=loss, **of_optimizer)
-        if projected is not None and "projected_grad_norm" not in norms:
+        updates, opt_state = tx.update(
+            grads, opt_state, state.params, value=loss, refresh=update_refreshes
+        )
+        if mode.projected and "projected_grad_norm" not in norms:
             norms["projected_grad_norm"] = gradient_norm(
                 project_gradients(kernels(opt_state), grads)
             )
@@ -160,10 +154,17 @@ def make_train_step(
             "tokens": tokens,
             **norms,
         }
-        params = apply_updates(state.params, updates, state.step, rounding)
+        params = apply_updates(state.params, updates, state.step, mode.rounding)
         return TrainState(state.step + 1, params, opt_state), metrics
 
     return train_step
+
+
+def split_batch(task: Task, batch: Batch, parts: int) -> tuple[jax.Array, jax.Array, Batch]:
+    """A batch's number of targets, its inverse, and the batch as (parts, sequences, ...)."""
+    tokens = task.count(batch)
+    per_target = 1.0 / jnp.maximum(tokens, 1).astype(jnp.float32)
+    return tokens, per_target, jax.tree.map(lambda x: x.reshape(parts, -1, *x.shape[1:]), batch)
 
 
 def _cast_like(params: Any, grads: Any) -> Any:
@@ -195,24 +196,9 @@ def sum_over_parts(loss_and_grad, variables: Any, parts: Batch, first=()) -> tup
     return loss, grads
 
 
-def gradient_bytes(gradients: Any, micro_batches: int) -> int:
-    """Bytes of gradients of these shapes, with a float32 sum of them if there are micro-batches."""
-    total = tree_bytes(gradients)
-    if micro_batches > 1:
-        total += 4 * sum(leaf.size for leaf in jax.tree.leaves(gradients))
-    return total
-
-
-def make_eval_step(
-    model: LlamaConfig,
-) -> Callable[[Any, Batch], tuple[jax.Array, jax.Array]]:
-    """A pure function of (params, batch): summed loss in nats, and the number of targets."""
-    graphdef = graph_definition(model)
-
-    def eval_step(params: Any, batch: Batch) -> tuple[jax.Array, jax.Array]:
-        return llama.apply(graphdef, params).loss(batch["tokens"], batch["targets"])
-
-    return eval_step
+def make_eval_step(model: Stages, task: Task) -> Callable[[Any, Batch], jax.Array]:
+    """A pure function of (params, batch): the summed loss of its targets."""
+    return lambda params, batch: task.loss(model.forward(params, batch), batch)
 
 
 def all_finite(state: TrainState) -> jax.Array:

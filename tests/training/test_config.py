@@ -1,6 +1,5 @@
 """Configs: what they declare, what they refuse, and that each of them builds."""
 
-import functools
 import importlib
 from pathlib import Path
 
@@ -13,33 +12,34 @@ from tiny import ROOT, tiny_config
 
 from galore_jax.errors import UserError
 from galore_jax.memory import count_state, tree_bytes
-from galore_jax.training import optimizers, settings, steps
-from galore_jax.training.optimizers import make_optimizer
+from galore_jax.training.config import check_config
+from galore_jax.training.experiment import make_experiment
+from galore_jax.training.optimizer import aliases, make_optimizer, make_schedule
 
 CONFIGS = sorted(path.stem for path in Path(ROOT / "configs").glob("*.py") if path.stem != "base")
 ARGS = ["", "method=galore", "method=full", "optimizer=adafactor", "method=full,optimizer=lion"]
 
 
-def abstract(config):
-    model, tx = settings.model_config(config), make_optimizer(config)
-    state = jax.eval_shape(functools.partial(steps.init_state, model, tx), jax.random.key(0))
-    return model, tx, state
+def optimizer_of(config):
+    return make_optimizer(config, make_schedule(config))
 
 
 @pytest.mark.parametrize("arg", ARGS)
 @pytest.mark.parametrize("name", CONFIGS)
 def test_every_config_builds_and_steps(name, arg):
     config = importlib.import_module(f"configs.{name}").get_config(arg)
-    settings.check_config(config)
-    model, tx, state = abstract(config)
-    micro_batches = config.batch_size // config.micro_batch_size
-    step = steps.make_train_step(
-        model, tx, settings.learning_rate(config), micro_batches=micro_batches
+    check_steps(make_experiment(config))
+
+
+def check_steps(experiment):
+    state, batch = (
+        experiment.abstract_state(),
+        experiment.abstract_batch(experiment.config.batch_size),
     )
-    rows = jax.ShapeDtypeStruct((config.batch_size, config.data.seq_len), np.int32)
-    new, _ = jax.eval_shape(step, state, {"tokens": rows, "targets": rows})
     same = lambda a, b: (a.shape, a.dtype) == (b.shape, b.dtype)  # noqa: E731
-    assert all(jax.tree.leaves(jax.tree.map(same, new, state)))
+    for step in experiment.train_steps().values():
+        new, _ = jax.eval_shape(step, state, batch)
+        assert all(jax.tree.leaves(jax.tree.map(same, new, state)))
 
 
 # Exact bytes of state in bfloat16, with two int32 counts (one without GaLore); they round to the
@@ -57,7 +57,7 @@ def test_every_config_builds_and_steps(name, arg):
 def test_state_bytes_of_the_papers_models(name, params, galore):
     module = importlib.import_module(f"configs.{name}")
     for arg, expected in (("", galore), ("method=full", 4 * params)):
-        _, _, state = abstract(module.get_config(arg))
+        state = make_experiment(module.get_config(arg)).abstract_state()
         assert tree_bytes(state.params) == 2 * params
         counted = count_state(state.opt_state)
         assert counted.total - counted.other == expected
@@ -67,7 +67,7 @@ def test_8_bit_state_of_the_7b_model_is_the_published_size():
     # 5380.51 MiB, scales left out: moments of one byte, small leaves' float32 ones too, bases in
     # bfloat16. Scales are four bytes for every 256 values.
     config = importlib.import_module("configs.llama_7b").get_config("optimizer=adamw8bit")
-    _, _, state = abstract(config)
+    state = make_experiment(config).abstract_state()
     counted = count_state(state.opt_state)
     moments = counted.first_moments + counted.second_moments
     assert round((moments + counted.projectors) / 2**20, 2) == 5380.51
@@ -103,7 +103,7 @@ def test_bad_values(key, value, message):
     config = tiny_config()
     config.update_from_flattened_dict({key: value})
     with pytest.raises(UserError, match=message) as caught:
-        settings.check_config(config)
+        check_config(config)
     assert "\n" not in str(caught.value)
 
 
@@ -120,11 +120,11 @@ def test_bad_values(key, value, message):
 )
 def test_bad_optimizers(overrides, message):
     with pytest.raises(UserError, match=message):
-        make_optimizer(tiny_config(**overrides))
+        optimizer_of(tiny_config(**overrides))
 
 
 @pytest.mark.parametrize("method", ["galore", "full"])
-@pytest.mark.parametrize("name", sorted(optimizers.aliases()))
+@pytest.mark.parametrize("name", sorted(aliases()))
 def test_every_alias_goes_down(name, method):
     config = tiny_config(f"method={method},optimizer={name}", schedule__warmup_steps=0)
     keys = jax.random.split(jax.random.key(0), 4)
@@ -133,7 +133,7 @@ def test_every_alias_goes_down(name, method):
         lambda s: jax.random.normal(key, s), shapes, is_leaf=lambda s: isinstance(s, tuple)
     )
     target, params = draw(keys[0]), draw(keys[1])
-    tx = make_optimizer(config)
+    tx = optimizer_of(config)
 
     def loss(params):
         return optax.tree.norm(jax.tree.map(jnp.subtract, params, target), squared=True)
@@ -156,7 +156,7 @@ def test_muon_takes_the_matrices_of_each_layer():
     config = tiny_config("method=full,optimizer=muon", schedule__warmup_steps=0)
     params = {"mlp": {"kernel": jnp.zeros((2, 4, 4))}, "embed": jnp.zeros((8, 4))}
     grads = jax.tree.map(lambda x: jax.random.normal(jax.random.key(0), x.shape), params)
-    tx = make_optimizer(config)
+    tx = optimizer_of(config)
     updates, _ = jax.jit(tx.update)(grads, tx.init(params), params)
     for update in updates["mlp"]["kernel"]:  # about a multiple of an orthogonal matrix
         singular = np.linalg.svd(update, compute_uv=False)
@@ -171,8 +171,8 @@ def test_settings_reach_the_optimizer():
         optimizer__weight_decay=0.1, optimizer__clip_norm=0.01,
     )  # fmt: skip
     config.method = "full"
-    tx = make_optimizer(config)
-    rate = settings.learning_rate(config)
+    tx = optimizer_of(config)
+    rate = make_schedule(config)
     expected = optax.chain(
         optax.clip_by_global_norm(0.01), optax.adamw(rate, 0.5, 0.6, 1.0, weight_decay=0.1)
     )

@@ -11,13 +11,13 @@ import optax.contrib
 
 from galore_jax.adam8bit import adamw8bit
 from galore_jax.errors import UserError
+from galore_jax.models.stages import LAYERS
 from galore_jax.selection import is_projected
 from galore_jax.stacks import per_layer
-from galore_jax.training.settings import Config, learning_rate
+from galore_jax.training.config import Config, warmup_steps
 from galore_jax.transform import galore
 
 _SETTINGS = ("b1", "b2", "eps", "weight_decay")
-LAYERS = "^blocks/"  # the leaves whose first axis indexes layers
 # What these aliases call some of them.
 _OWN_NAMES = {
     "adafactor": {"b1": "momentum"},
@@ -32,8 +32,24 @@ _EXCLUDED = ("lbfgs", "sophia", "dpsgd", "rprop", "sm3", "optimistic_adam", "gal
 _FIXED = {"adafactor": {"multiply_by_parameter_scale": False}}
 
 
+def make_schedule(config: Config) -> optax.Schedule:
+    """Linear warm-up from 0 to the peak, then a cosine down to ``final_lr_ratio`` of it.
+
+    As in the paper's appendix C.1. Called with the number of updates already made, so that the
+    first update has learning rate 0 if there is any warm-up.
+    """
+    schedule, warmup = config.schedule, warmup_steps(config)
+    return optax.warmup_cosine_decay_schedule(
+        init_value=0.0 if warmup else schedule.peak_lr,
+        peak_value=schedule.peak_lr,
+        warmup_steps=warmup,
+        decay_steps=config.train_steps,
+        end_value=schedule.peak_lr * schedule.final_lr_ratio,
+    )
+
+
 def make_optimizer(
-    config: Config, *, stacked: bool = True
+    config: Config, schedule: optax.Schedule, *, stacked: bool = True
 ) -> optax.GradientTransformationExtraArgs:
     """The optimizer of a run: clipping, then the alias, in GaLore or on the full gradients.
 
@@ -48,7 +64,7 @@ def make_optimizer(
         does not take.
     """
     settings, low_rank = config.optimizer, config.galore
-    optimizer = _alias(config)
+    optimizer = _alias(config, schedule)
     if config.method == "galore":
         optimizer = galore(
             optimizer,
@@ -77,7 +93,7 @@ def make_optimizer(
     return optax.with_extra_args_support(optimizer)
 
 
-def _alias(config: Config) -> optax.GradientTransformation:
+def _alias(config: Config, schedule: optax.Schedule) -> optax.GradientTransformation:
     settings = config.optimizer
     make = _find(settings.name)
     parameters = inspect.signature(make).parameters
@@ -96,7 +112,7 @@ def _alias(config: Config) -> optax.GradientTransformation:
                 + (", ".join(takes) or f"none of {', '.join(_SETTINGS)}")
             )
     try:
-        return make(learning_rate(config), **arguments)
+        return make(schedule, **arguments)
     except (TypeError, ValueError) as error:
         raise UserError(f"config.optimizer.name={settings.name} cannot be used: {error}") from error
 
