@@ -2,7 +2,7 @@ r"""Pre-trains a LLaMA, with GaLore or the full gradients, on one device.
 
   python train.py
       the offline sample: real English, a small model, a few minutes on a laptop
-  python train.py --config=configs/llama_60m.py --config.data.data_dir=DIR \
+  python train.py --config=configs/llama.py:60m --config.data.data_dir=DIR \
       --config.data.tokenizer=SPIECE_MODEL --workdir=runs/60m
       the paper's 60M run on C4
   python train.py --config=configs/sample.py:method=full,optimizer=lion

@@ -8,12 +8,12 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
+from galore_jax.kernels import linear
 from galore_jax.models.attention import causal_attention, rotary
 from galore_jax.models.config import LlamaConfig
 from galore_jax.models.embedding import embed
 from galore_jax.models.losses import cross_entropy
 from galore_jax.models.stages import Stage, Stages
-from galore_jax.projected_grad import linear
 
 Params = dict[str, Any]  # Nested dicts of arrays.
 

@@ -5,7 +5,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from galore_jax.projected_grad import linear
+from galore_jax.kernels import detached, linear
 
 Head = Any  # The head's kernel, (D, V): an array, or a pytree node that stands in for one.
 
@@ -53,7 +53,7 @@ def cross_entropy(
     labels = jnp.pad(targets.reshape(tokens), (0, padding), constant_values=-1)
     nll: Any = _chunked_nll(
         hidden.reshape(num_chunks, chunk_tokens, -1),
-        head,
+        detached(head),
         labels.reshape(num_chunks, chunk_tokens),
     )
     return nll, jnp.sum(targets >= 0, dtype=jnp.int32)

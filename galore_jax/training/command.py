@@ -72,8 +72,9 @@ def parse(argv: list[str], *, usage: str, configs: Path) -> Arguments | None:
         raise UserError(
             f"unknown argument {rest[1]!r}; flags are --config, --config.KEY, --workdir"
         )
-    name = Path(config_flags.get_config_filename(values["config"])).stem
-    default = Path("runs") / f"{name.split(':')[0]}-{method}-{optimizer}"
+    file, _, arg = config_flags.get_config_filename(values["config"]).partition(":")
+    rows = [item for item in arg.split(",") if item and "=" not in item]
+    default = Path("runs") / "-".join([Path(file).stem, *rows, method, optimizer])
     return Arguments(config, Path(values.workdir).expanduser() if values.workdir else default)
 
 
@@ -81,7 +82,7 @@ def help_text(usage: str, configs: Path) -> str:
     """The text of ``--help``: usage, flags, the configs, and every config key with its default."""
     lines = [usage.strip(), "", "flags:"]
     lines += [
-        "  --config=FILE[:method=galore|full,optimizer=NAME]   default: configs/sample.py",
+        "  --config=FILE[:ROW,method=galore|full,optimizer=NAME]   default: configs/sample.py",
         "  --config.KEY=VALUE      any key below, as in --config.galore.rank=64",
         "  --workdir=DIR           default: runs/CONFIG-METHOD-OPTIMIZER",
         "  --help                  this text",
@@ -170,8 +171,12 @@ def _explain(argv: list[str], error: Exception, configs: Path) -> str:
         hint = f"did you mean --config.{near[0]}?" if near else "--help lists the keys"
         return f"--config.{key} is no config key; {hint}"
     for given in (a.removeprefix("--config=") for a in argv if a.startswith("--config=")):
-        path = Path(given.partition(":")[0])
+        path, arg = Path(given.partition(":")[0]), given.partition(":")[2]
+        size = path.stem.removeprefix("llama_")
         there = ", ".join(sorted(f.name for f in configs.glob("*.py") if f.stem != "base"))
+        if not path.is_file() and size != path.stem:
+            now = ",".join(filter(None, [f"configs/llama.py:{size}", arg]))
+            return f"--config={given} is --config={now} now"
         if not path.is_file():
             return f"--config={given}: there is no such file; configs/ has {there}"
         if not isinstance(error, flags.Error):

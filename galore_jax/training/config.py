@@ -8,9 +8,9 @@ from typing import Any
 
 import jax
 
-from galore_jax.bases import BASES
 from galore_jax.errors import UserError
 from galore_jax.projection import PROJ_TYPES
+from galore_jax.projectors import PROJECTOR_METHODS
 from galore_jax.rounding import ROUNDINGS
 
 Config = Any  # an ml_collections.ConfigDict with the keys of configs/base.py
@@ -47,7 +47,7 @@ _CHOICES = {
     "method": ("galore", "full"),
     "data.name": ("c4", "sample"),
     "galore.proj_type": PROJ_TYPES,
-    "galore.basis": BASES,
+    "galore.projector": PROJECTOR_METHODS,
     "galore.projector_bits": (None, 8, 4),
     "galore.refresh_from": ("batch", "micro_batch"),
     "param_rounding": ROUNDINGS,

@@ -10,12 +10,12 @@ import optax
 
 from galore_jax.data.batches import DataConfig
 from galore_jax.errors import UserError
-from galore_jax.memory import tree_bytes
+from galore_jax.memory.count import tree_bytes
 from galore_jax.models import llama
 from galore_jax.models.llama import LlamaConfig
 from galore_jax.models.stages import BLOCKS, KERNELS, Stages
-from galore_jax.projected_grad import projected_kernels, variables_of
-from galore_jax.stacks import keeps_leaves_apart
+from galore_jax.per_layer import is_leafwise
+from galore_jax.projected_grad import gradient_variables
 from galore_jax.training.config import Config, check_config
 from galore_jax.training.layerwise import make_layerwise_step
 from galore_jax.training.optimizer import make_optimizer, make_schedule
@@ -101,12 +101,10 @@ class Experiment:
         state = self.abstract_state()
         if not self.mode.projected:
             return state.params
-        kernels = functools.partial(
-            projected_kernels, proj_type=self.mode.proj_type, kernels=KERNELS
+        variables = functools.partial(
+            gradient_variables, proj_type=self.mode.proj_type, kernels=KERNELS
         )
-        return jax.eval_shape(
-            lambda p, s: variables_of(kernels(p, s)), state.params, state.opt_state
-        )
+        return jax.eval_shape(variables, state.params, state.opt_state)
 
     def gradient_bytes(self) -> int:
         """Bytes of the gradients that exist at once in such a step, float32 sums included."""
@@ -220,7 +218,7 @@ def _layer_optimizer(experiment: Experiment) -> optax.GradientTransformationExtr
     tx = make_optimizer(config, experiment.schedule, stacked=False)
     params = experiment.abstract_state().params
     layer = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape[1:], x.dtype), params[BLOCKS])
-    if not keeps_leaves_apart(tx, {**params, BLOCKS: layer}, refresh=False, value=0.0):
+    if not is_leafwise(tx, {**params, BLOCKS: layer}, refresh=False, value=0.0):
         raise UserError(
             f"{with_layers}config.optimizer.name={config.optimizer.name!r}, which needs the "
             "gradients of all weights at once, or draws random numbers"

@@ -11,7 +11,7 @@ import numpy as np
 
 from galore_jax.errors import UserError
 from galore_jax.memory import compiled_plan, memory_table
-from galore_jax.training import fit
+from galore_jax.memory.fit import check_fit, compile_steps
 from galore_jax.training.checkpoints import Checkpoints, Restored
 from galore_jax.training.config import Config
 from galore_jax.training.experiment import Experiment, make_experiment, step_name, summary
@@ -104,7 +104,7 @@ class _Run:
             )
             for refresh, step in experiment.train_steps().items()
         }
-        self.train_steps = fit.compiled(config, lowered)
+        self.train_steps = compile_steps(config, lowered)
         self.eval_step = (
             jax.jit(make_eval_step(experiment.stages, experiment.task))
             .lower(state.params, experiment.abstract_batch(config.micro_batch_size))
@@ -117,7 +117,7 @@ class _Run:
             for refresh, step in self.train_steps.items()
         }
         print(memory_table(state.params, state.opt_state, experiment.gradient_bytes(), plans))
-        self.planned_memory = fit.check(config, plans)
+        self.planned_memory = check_fit(config, plans)
         print(f"compiled in {time.monotonic() - begun:.1f} s", flush=True)
 
     def resume(self, restored: Restored) -> TrainState:

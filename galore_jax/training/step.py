@@ -9,14 +9,8 @@ import jax.numpy as jnp
 import optax
 
 from galore_jax.models.stages import KERNELS, Stages
-from galore_jax.projected_grad import (
-    as_gradients,
-    project_gradients,
-    projected_kernels,
-    variables_of,
-    with_coordinates,
-)
-from galore_jax.projection import ProjType, is_projected_gradient
+from galore_jax.projected_grad import gradient_variables, project_gradients, with_variables
+from galore_jax.projection import ProjType
 from galore_jax.rounding import Rounding, apply_updates
 from galore_jax.training.tasks import Batch, Task
 
@@ -108,16 +102,12 @@ def make_train_step(
         def part_of_mean(params: Any, part: Batch) -> jax.Array:
             return task.loss(model.forward(params, part), part) * per_target
 
-        def kernels(opt_state: optax.OptState) -> Any:
-            return projected_kernels(
-                state.params, opt_state, proj_type=mode.proj_type, kernels=KERNELS
-            )
-
         opt_state, norms, update_refreshes = state.opt_state, {}, refresh
+        how: Any = {"proj_type": mode.proj_type, "kernels": KERNELS}
         from_batch = mode.refresh_from == "batch" or mode.micro_batches == 1
         if not mode.projected or (refresh and from_batch):
             loss, grads = sum_over_parts(jax.value_and_grad(part_of_mean), state.params, parts)
-            grads = _cast_like(state.params, grads)
+            grads = cast_like(state.params, grads)
             norms["grad_norm"] = gradient_norm(grads)
         else:
             first = ()
@@ -126,18 +116,17 @@ def make_train_step(
                 parts = jax.tree.map(lambda x: x[1:], parts)
                 loss, grads = jax.value_and_grad(part_of_mean)(state.params, head)
                 norms["grad_norm"] = gradient_norm(grads)
-                _, opt_state = tx.update(grads, opt_state, state.params, value=loss, refresh="only")
-                nodes = kernels(opt_state)
-                first = loss, variables_of_gradients(project_gradients(nodes, grads))
-            nodes = kernels(opt_state)
+                opt_state = tx.refresh(grads, opt_state, state.params)  # pyright: ignore
+                first = loss, project_gradients(grads, opt_state, **how)
+            variables = gradient_variables(state.params, opt_state, **how)
 
-            def of_variables(variables: Any, part: Batch) -> jax.Array:
-                return part_of_mean(with_coordinates(nodes, variables), part)
+            def projected_part_of_mean(variables: Any, part: Batch) -> jax.Array:
+                return part_of_mean(with_variables(state.params, opt_state, variables), part)
 
             loss, grads = sum_over_parts(
-                jax.value_and_grad(of_variables), variables_of(nodes), parts, first
+                jax.value_and_grad(projected_part_of_mean), variables, parts, first
             )
-            grads = as_gradients(nodes, _cast_like(variables_of(nodes), grads))
+            grads = cast_like(variables, grads)
             norms["projected_grad_norm"] = gradient_norm(grads)
             update_refreshes = False
 
@@ -145,9 +134,7 @@ def make_train_step(
             grads, opt_state, state.params, value=loss, refresh=update_refreshes
         )
         if mode.projected and "projected_grad_norm" not in norms:
-            norms["projected_grad_norm"] = gradient_norm(
-                project_gradients(kernels(opt_state), grads)
-            )
+            norms["projected_grad_norm"] = gradient_norm(project_gradients(grads, opt_state, **how))
         metrics = {
             "loss": loss,
             "learning_rate": jnp.asarray(schedule(state.step), jnp.float32),
@@ -167,19 +154,19 @@ def split_batch(task: Task, batch: Batch, parts: int) -> tuple[jax.Array, jax.Ar
     return tokens, per_target, jax.tree.map(lambda x: x.reshape(parts, -1, *x.shape[1:]), batch)
 
 
-def _cast_like(params: Any, grads: Any) -> Any:
+def cast_like(params: Any, grads: Any) -> Any:
+    """Gradients in the dtypes of what they are gradients of."""
     return jax.tree.map(lambda p, g: g.astype(p.dtype), params, grads)
 
 
+def sum_of_squares(grads: Any) -> jax.Array:
+    """The sum of the squares of a whole tree, () float32."""
+    return optax.tree.norm(jax.tree.map(lambda g: g.astype(jnp.float32), grads), squared=True)
+
+
 def gradient_norm(grads: Any) -> jax.Array:
-    """Of the whole tree, () float32."""
-    return optax.tree.norm(jax.tree.map(lambda g: g.astype(jnp.float32), grads))
-
-
-def variables_of_gradients(grads: Any) -> Any:
-    """The arrays of gradients some of which are projected, without the nodes around them."""
-    plain = lambda g: g.coordinates if is_projected_gradient(g) else g  # noqa: E731
-    return jax.tree.map(plain, grads, is_leaf=is_projected_gradient)
+    """The norm of a whole tree, () float32."""
+    return jnp.sqrt(sum_of_squares(grads))
 
 
 def sum_over_parts(loss_and_grad, variables: Any, parts: Batch, first=()) -> tuple[Any, Any]:

@@ -22,7 +22,7 @@ def test_default_is_the_sample():
 
 def test_overrides_and_argument():
     arguments = parse_flags(
-        "--config=configs/llama_60m.py:method=full,optimizer=lion",
+        "--config=configs/llama.py:60m,method=full,optimizer=lion",
         "--config.schedule.peak_lr=3",
         "--config.optimizer.b1=0.5",
         "--workdir=there",
@@ -31,6 +31,13 @@ def test_overrides_and_argument():
     assert (config.method, config.optimizer.name) == ("full", "lion")
     assert (config.schedule.peak_lr, config.optimizer.b1) == (3.0, 0.5)
     assert str(arguments.workdir) == "there"
+
+
+def test_every_row_has_a_workdir_of_its_own():
+    workdirs = {
+        str(parse_flags(f"--config=configs/llama.py:{row}").workdir) for row in ("60m", "7b")
+    }
+    assert workdirs == {"runs/llama-60m-galore-adamw", "runs/llama-7b-galore-adamw"}
 
 
 @pytest.mark.parametrize(
@@ -42,8 +49,14 @@ def test_overrides_and_argument():
         (["--config.galore.rank=1.5"], "another type than the default, 128$"),
         (["--config.remat=maybe"], "another type than the default, False$"),
         (["--config.galore=3"], "--config.galore is a section"),
-        (["--config=configs/nope.py"], "no such file; configs/ has llama_130m.py, llama_1b.py"),
-        (["--config", "configs/nope.py"], "no such file; configs/ has llama_130m.py"),
+        (["--config=configs/nope.py"], "no such file; configs/ has llama.py, sample.py"),
+        (["--config", "configs/nope.py"], "no such file; configs/ has llama.py"),
+        (
+            ["--config=configs/llama_60m.py:method=full"],
+            "is --config=configs/llama.py:60m,method=full now$",
+        ),
+        (["--config=configs/llama.py"], "no row ''; give one of 60m, 130m, .* after the colon"),
+        (["--config=configs/llama.py:60M"], "no row '60M'; give one of 60m"),
         (["--config="], "no such file"),
         (["--config=configs"], "no such file"),
         (["--config=README.md"], "is not a config that loads: .*SyntaxError|README.md"),
@@ -60,15 +73,21 @@ def test_mistakes(flags, message):
 
 def test_configs_are_found_from_any_folder(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    assert parse_flags("--config=configs/llama_1b.py:method=full").config.method == "full"
-    assert parse_flags("--config", "configs/llama_1b.py").config.galore.rank == 512
+    assert parse_flags("--config=configs/llama.py:1b,method=full").config.method == "full"
+    assert parse_flags("--config", "configs/llama.py:1b").config.galore.rank == 512
     assert parse_flags("--workdir=~/there").workdir.is_absolute()
 
 
 def test_help_teaches(capsys):
     assert parse_flags("--help") is None
     out = capsys.readouterr().out
-    for part in ("usage", "--workdir=DIR", "configs/llama_7b.py", "--config.galore.rank=128"):
+    for part in (
+        "usage",
+        "--workdir=DIR",
+        "configs/llama.py",
+        "7b_24gb",
+        "--config.galore.rank=128",
+    ):
         assert part in out
 
 

@@ -4,9 +4,9 @@ from pathlib import Path
 
 from configs import sample
 
-ROOT = Path(__file__).parents[2]
+ROOT = Path(__file__).parents[1]
 
-# Updates 0, 3, 6, ... change the basis; checkpoints fall between them.
+# Updates 0, 3, 6, ... refresh the projectors; checkpoints fall between them.
 OVERRIDES = {
     "train_steps": 12,
     "batch_size": 4,

@@ -8,17 +8,18 @@ import jax
 import pytest
 from tiny import ROOT, tiny_config, tiny_flags
 
-from galore_jax import targets
 from galore_jax.errors import UserError
-from galore_jax.memory import CompiledPlan
-from galore_jax.training import (
+from galore_jax.memory import (
+    CompiledPlan,
+    __main__,
+    compare,
     fit,
-    memory_command,
-    memory_compare,
-    memory_plot,
-    memory_report,
-    plans,
+    plot,
+    report,
+    targets,
 )
+from galore_jax.memory.compile import DoesNotFit
+from galore_jax.memory.count import STATE_ROWS, count_rows
 from galore_jax.training.command import parse
 from galore_jax.training.experiment import make_experiment
 
@@ -28,20 +29,21 @@ CPU = targets.find_target("cpu")
 def config_of(method="8-bit GaLore, layerwise", **overrides):
     # 8-bit moments are for leaves of 4,096 values: the embedding and the head have them.
     config = tiny_config(**{"batch_size": 4, "micro_batch_size": 4, **overrides})
-    config.update_from_flattened_dict(memory_compare.METHODS[method])
+    config.update_from_flattened_dict(compare.METHODS[method])
     return config
 
 
-@pytest.mark.parametrize("method", memory_compare.METHODS)
+@pytest.mark.parametrize("method", compare.METHODS)
 @pytest.mark.parametrize("bits", [None, 4])
 def test_counted_bytes_are_those_of_the_arrays(method, bits):
-    config = config_of(method, galore__projector_bits=bits)
-    state = jax.jit(make_experiment(config).init)(jax.random.key(0))
+    experiment = make_experiment(config_of(method, galore__projector_bits=bits))
+    state = jax.jit(experiment.init)(jax.random.key(0))
     # Two 4-bit integers share a byte of the compiler's arguments, not of nbytes.
     compiled = jax.jit(lambda s: s, donate_argnums=0).lower(state.opt_state).compile()
-    rows = {row.name: row.bytes for row in memory_report.counted_rows(config)}
+    shapes = experiment.abstract_state()
+    rows = {row.name: row.bytes for row in count_rows(shapes.params, shapes.opt_state, 0)}
     assert rows["weights"] == sum(x.nbytes for x in jax.tree.leaves(state.params))
-    in_state = sum(rows[name] for name in memory_report.STATE)
+    in_state = sum(rows[name] for name in STATE_ROWS)
     analysis = compiled.memory_analysis()
     assert in_state == analysis.argument_size_in_bytes
 
@@ -49,14 +51,14 @@ def test_counted_bytes_are_those_of_the_arrays(method, bits):
 def test_the_plans_arguments_are_what_was_counted():
     # A model large enough for the batch and the metrics to be less than a thousandth.
     config = config_of(model__hidden_size=64, model__intermediate_size=96, data__seq_len=8)
-    report = memory_report.make_report(config, CPU)
-    counted = report.bytes_of("weights") + report.optimizer_state
-    for plan in report.plans.values():
+    found = report.make_report(make_experiment(config), CPU)
+    counted = found.bytes_of("weights") + found.optimizer_state
+    for plan in found.plans.values():
         assert plan.arguments == pytest.approx(counted, rel=1e-3)
         assert plan.aliased == pytest.approx(counted, rel=1e-3)
-    largest = max(plan.peak for plan in report.plans.values())
-    assert sum(row.bytes for row in report.rows) == pytest.approx(largest, rel=1e-3)
-    assert report.peak == largest
+    largest = max(plan.peak for plan in found.plans.values())
+    assert sum(row.bytes for row in found.rows) == pytest.approx(largest, rel=1e-3)
+    assert found.peak == largest
 
 
 @pytest.mark.parametrize(
@@ -86,11 +88,11 @@ def test_advice_fits():
         model__hidden_size=64,
         model__intermediate_size=172,
     )
-    before = max(p.peak for p in plans.plan_steps(config, CPU).values())
+    before = max(plan.peak for _, plan in fit.plan_steps(make_experiment(config), CPU))
     # Layerwise updates take about 0.7 of it.
     small = dataclasses.replace(CPU, memory=int(0.8 * before))
     said = []
-    flags = plans.advice(config, small, said.append)
+    flags = fit.find_fitting_flags(config, small, said.append)
     assert flags is not None
     assert flags[0] == "--config.updates=layerwise"
     assert said
@@ -102,17 +104,22 @@ def test_advice_fits():
         key = flag.removeprefix("--config.").partition("=")[0]
         value = functools.reduce(lambda c, k: c[k], key.split("."), parsed)
         changed.update_from_flattened_dict({key: value})
-    assert max(p.peak for p in plans.plan_steps(changed, small).values()) <= small.memory
+    assert (
+        max(plan.peak for _, plan in fit.plan_steps(make_experiment(changed), small))
+        <= small.memory
+    )
 
 
 def test_a_run_that_does_not_fit_is_not_started(monkeypatch):
     small = dataclasses.replace(CPU, memory=10 * 2**20)
     monkeypatch.setattr(fit, "find_target", lambda name: small)
-    monkeypatch.setattr(plans, "advice", lambda config, target, say: ["--config.remat=True"])
+    monkeypatch.setattr(
+        fit, "find_fitting_flags", lambda config, target, say: ["--config.remat=True"]
+    )
     plan = {"training step": CompiledPlan("cpu", 8 * 2**20, 0, 0, 4 * 2**20)}
     with pytest.raises(UserError, match=r"0\.00 GiB too few; .*--config\.remat=True"):
-        fit.check(tiny_config(), plan)
-    assert fit.check(tiny_config(ignore_memory_plan=True), plan) == 12 * 2**20
+        fit.check_fit(tiny_config(), plan)
+    assert fit.check_fit(tiny_config(ignore_memory_plan=True), plan) == 12 * 2**20
 
 
 def test_a_compiler_that_gives_up_is_a_run_that_does_not_fit(monkeypatch):
@@ -121,20 +128,20 @@ def test_a_compiler_that_gives_up_is_a_run_that_does_not_fit(monkeypatch):
         "(20.50G) exceeds available HBM (15.75G)"
     )
 
-    def give_up(lowered):
-        raise plans.DoesNotFit(message)
+    def give_up(target, function, *arguments):
+        raise DoesNotFit(message)
 
-    monkeypatch.setattr(plans, "compile_or_say", give_up)
-    report = memory_report.make_report(config_of(), CPU)
-    assert report.fits is False
-    assert report.peak == int(20.5 * 2**30)
-    assert "gives up" in memory_report.table(report)
+    monkeypatch.setattr(fit, "compile_for", give_up)
+    found = report.make_report(make_experiment(config_of()), CPU)
+    assert found.fits is False
+    assert found.peak == int(20.5 * 2**30)
+    assert "gives up" in report.table(found)
 
 
 def test_bfloat16_is_refused_where_xla_refuses_it():
     t4 = dataclasses.replace(CPU, label="Tesla T4", bfloat16_products=False)
     with pytest.raises(UserError, match="float32, or float16"):
-        plans.plan_steps(config_of(dtype="bfloat16"), t4)
+        next(fit.plan_steps(make_experiment(config_of(dtype="bfloat16")), t4))
 
 
 def test_command_writes_json_and_a_chart(tmp_path, monkeypatch, capsys):
@@ -147,19 +154,19 @@ def test_command_writes_json_and_a_chart(tmp_path, monkeypatch, capsys):
         f"--json={tmp_path}/m.json",
         f"--plot={tmp_path}/m.svg",
     ]
-    assert memory_command.main(["memory", "--config=configs/sample.py", *flags]) == 0
+    assert __main__.main(["memory", "--config=configs/sample.py", *flags]) == 0
     out = capsys.readouterr().out
     assert "8-bit GaLore, layerwise" in out
     assert "compiled for cpu, not run on it" in " ".join(out.lower().split())
     written = json.loads((tmp_path / "m.json").read_text())
     assert written["format"] == 1
     assert set(written["less_than_adamw"]) == {"state", "state_8bit", "total"}
-    report = written["reports"][0]
+    first = written["reports"][0]
     keys = {"method", "target", "versions", "rows", "optimizer_state", "plans", "peak", "fits"}
-    assert keys <= set(report)
-    assert report["rows"][0] == {
+    assert keys <= set(first)
+    assert first["rows"][0] == {
         "name": "weights",
-        "bytes": report["rows"][0]["bytes"],
+        "bytes": first["rows"][0]["bytes"],
         "source": "counted",
     }
     assert (tmp_path / "m.svg").read_text().startswith("<?xml")
@@ -178,7 +185,7 @@ def test_command_writes_json_and_a_chart(tmp_path, monkeypatch, capsys):
 def test_bad_input_is_one_line(flags, named, monkeypatch, capsys):
     monkeypatch.chdir(ROOT)
     monkeypatch.setenv("XLA_FLAGS", "")
-    assert memory_command.main(["memory", "--config=configs/sample.py", *flags]) == 2
+    assert __main__.main(["memory", "--config=configs/sample.py", *flags]) == 2
     error = capsys.readouterr().err
     assert named in error
     assert error.count("\n") == 1
@@ -193,7 +200,7 @@ def test_a_card_of_ones_own_must_be_complete(tmp_path):
 
 def test_plot_needs_a_known_ending(tmp_path):
     with pytest.raises(UserError, match="png"):
-        memory_plot.plot([], tmp_path / "chart.pdf", "title")
+        plot.plot([], tmp_path / "chart.pdf", "title")
 
 
 @pytest.mark.parametrize(
@@ -214,5 +221,5 @@ def test_compiled_temporaries_do_not_grow(updates, projected, most):
         data__seq_len=64,
         galore__rank=16,
     )
-    plan = plans.plan_steps(config, CPU)["training step"]
+    plan = dict(fit.plan_steps(make_experiment(config), CPU))["training step"]
     assert plan.temporary <= 1.05 * most * 2**20
