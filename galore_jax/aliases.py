@@ -14,7 +14,6 @@ from galore_jax.options import GaLoreOptions
 from galore_jax.quantization import BLOCK_SIZE
 from galore_jax.weights import Rank
 
-
 Alias = TypeVar("Alias", bound=Callable[..., Any])
 
 

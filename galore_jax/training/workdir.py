@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from galore_jax.errors import UserError
-from galore_jax.training.settings import Config, flat_items
+from galore_jax.training.config import Config, flat_items
 
 # Keys that leave every weight of a run as it is: they may change when it is resumed.
 _FREE = frozenset(

@@ -9,9 +9,9 @@ import numpy as np
 import pytest
 
 from galore_jax import projectors
-from galore_jax.projectors import PROJECTOR_METHODS, find_projector
 from galore_jax.diagnostics import captured_energy
 from galore_jax.projection import TwoSided, empty_projector
+from galore_jax.projectors import PROJECTOR_METHODS, find_projector
 
 SIDES = ("left", "right", "both")
 SHAPES = {

@@ -20,7 +20,6 @@ from galore_jax.memory import (
 )
 from galore_jax.memory.compile import DoesNotFit
 from galore_jax.memory.count import STATE_ROWS, count_rows
-from galore_jax.training import settings, steps
 from galore_jax.training.command import parse
 from galore_jax.training.experiment import make_experiment
 
@@ -38,9 +37,7 @@ def config_of(method="8-bit GaLore, layerwise", **overrides):
 @pytest.mark.parametrize("bits", [None, 4])
 def test_counted_bytes_are_those_of_the_arrays(method, bits):
     experiment = make_experiment(config_of(method, galore__projector_bits=bits))
-    model = settings.model_config(experiment.config)
-    init = functools.partial(steps.init_state, model, experiment.optimizer)
-    state = jax.jit(init)(jax.random.key(0))
+    state = jax.jit(experiment.init)(jax.random.key(0))
     # Two 4-bit integers share a byte of the compiler's arguments, not of nbytes.
     compiled = jax.jit(lambda s: s, donate_argnums=0).lower(state.opt_state).compile()
     shapes = experiment.abstract_state()

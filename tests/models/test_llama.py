@@ -406,7 +406,7 @@ def test_chunked_loss_equals_the_dense_one(chunk_tokens):
     targets = targets.at[1, 3:6].set(-1)
 
     def chunked(hidden, head):
-        return cross_entropy(linear, hidden, head, targets, chunk_tokens=chunk_tokens)[0]
+        return cross_entropy(hidden, head, targets, chunk_tokens=chunk_tokens)[0]
 
     def dense(hidden, head):
         log_p = jax.nn.log_softmax(hidden @ head)
@@ -494,7 +494,7 @@ def test_head_gradient_in_bfloat16_is_the_float32_one_rounded(tokens):
 
     def grads(dtype):
         def loss(hidden, head):
-            return cross_entropy(linear, hidden, head, targets, chunk_tokens=8)[0]
+            return cross_entropy(hidden, head, targets, chunk_tokens=8)[0]
 
         return jax.grad(loss, argnums=(0, 1))(hidden.astype(dtype), head.astype(dtype))
 

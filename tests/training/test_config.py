@@ -8,8 +8,12 @@ import pytest
 from tiny import tiny_config
 
 from galore_jax.errors import UserError
-from galore_jax.training import optimizers, settings
-from galore_jax.training.optimizers import make_optimizer
+from galore_jax.training.config import check_config
+from galore_jax.training.optimizer import aliases, make_optimizer, make_schedule
+
+
+def optimizer_of(config):
+    return make_optimizer(config, make_schedule(config))
 
 
 @pytest.mark.parametrize(
@@ -41,7 +45,7 @@ def test_bad_values(key, value, message):
     config = tiny_config()
     config.update_from_flattened_dict({key: value})
     with pytest.raises(UserError, match=message) as caught:
-        settings.check_config(config)
+        check_config(config)
     assert "\n" not in str(caught.value)
 
 
@@ -58,11 +62,11 @@ def test_bad_values(key, value, message):
 )
 def test_bad_optimizers(overrides, message):
     with pytest.raises(UserError, match=message):
-        make_optimizer(tiny_config(**overrides))
+        optimizer_of(tiny_config(**overrides))
 
 
 @pytest.mark.parametrize("method", ["galore", "full"])
-@pytest.mark.parametrize("name", sorted(optimizers.aliases()))
+@pytest.mark.parametrize("name", sorted(aliases()))
 def test_every_alias_goes_down(name, method):
     config = tiny_config(f"method={method},optimizer={name}", schedule__warmup_steps=0)
     keys = jax.random.split(jax.random.key(0), 4)
@@ -71,7 +75,7 @@ def test_every_alias_goes_down(name, method):
         lambda s: jax.random.normal(key, s), shapes, is_leaf=lambda s: isinstance(s, tuple)
     )
     target, params = draw(keys[0]), draw(keys[1])
-    tx = make_optimizer(config)
+    tx = optimizer_of(config)
 
     def loss(params):
         return optax.tree.norm(jax.tree.map(jnp.subtract, params, target), squared=True)
@@ -94,7 +98,7 @@ def test_muon_takes_the_matrices_of_each_layer():
     config = tiny_config("method=full,optimizer=muon", schedule__warmup_steps=0)
     params = {"mlp": {"kernel": jnp.zeros((2, 4, 4))}, "embed": jnp.zeros((8, 4))}
     grads = jax.tree.map(lambda x: jax.random.normal(jax.random.key(0), x.shape), params)
-    tx = make_optimizer(config)
+    tx = optimizer_of(config)
     updates, _ = jax.jit(tx.update)(grads, tx.init(params), params)
     for update in updates["mlp"]["kernel"]:  # about a multiple of an orthogonal matrix
         singular = np.linalg.svd(update, compute_uv=False)
@@ -109,8 +113,8 @@ def test_settings_reach_the_optimizer():
         optimizer__weight_decay=0.1, optimizer__clip_norm=0.01,
     )  # fmt: skip
     config.method = "full"
-    tx = make_optimizer(config)
-    rate = settings.learning_rate(config)
+    tx = optimizer_of(config)
+    rate = make_schedule(config)
     expected = optax.chain(
         optax.clip_by_global_norm(0.01), optax.adamw(rate, 0.5, 0.6, 1.0, weight_decay=0.1)
     )

@@ -1,4 +1,4 @@
-"""From a config to what it describes: checked values, model, data, schedule."""
+"""Configs: which keys they have, and the checks of their values."""
 
 import difflib
 import importlib.util
@@ -7,13 +7,10 @@ from collections.abc import Iterator
 from typing import Any
 
 import jax
-import optax
 
-from galore_jax.bases import BASES
-from galore_jax.data.batches import DataConfig, TextData
 from galore_jax.errors import UserError
-from galore_jax.models.llama import LlamaConfig, count_params
 from galore_jax.projection import PROJ_TYPES
+from galore_jax.projectors import PROJECTOR_METHODS
 from galore_jax.rounding import ROUNDINGS
 
 Config = Any  # an ml_collections.ConfigDict with the keys of configs/base.py
@@ -50,7 +47,7 @@ _CHOICES = {
     "method": ("galore", "full"),
     "data.name": ("c4", "sample"),
     "galore.proj_type": PROJ_TYPES,
-    "galore.basis": BASES,
+    "galore.projector": PROJECTOR_METHODS,
     "galore.projector_bits": (None, 8, 4),
     "galore.refresh_from": ("batch", "micro_batch"),
     "param_rounding": ROUNDINGS,
@@ -130,76 +127,7 @@ def _get(config: Config, key: str) -> Any:
     return config
 
 
-def model_config(config: Config) -> LlamaConfig:
-    """The model that ``config.model`` and the dtypes describe.
-
-    Raises:
-      UserError: sizes that do not fit together, unknown dtypes.
-    """
-    return LlamaConfig(
-        **config.model.to_dict(),
-        dtype=config.dtype,
-        param_dtype=config.param_dtype,
-        remat=config.remat,
-    )
-
-
-def projected_gradients(config: Config) -> bool:
-    """Whether gradients are born projected: as the config says, or where it can be."""
-    if config.projected_gradients is not None:
-        return config.projected_gradients
-    return config.method == "galore" and config.optimizer.clip_norm is None
-
-
-def open_data(config: Config) -> TextData:
-    """The data that ``config.data`` describes, opened.
-
-    Raises:
-      UserError: data or tokenizer missing, unreadable, or not fit for the model.
-    """
-    data = DataConfig(**config.data.to_dict())
-    return TextData(data, vocab_size=config.model.vocab_size)
-
-
-def summary(config: Config, params: Any) -> str:
-    """What will run, in a few lines."""
-    model, data, schedule = config.model, config.data, config.schedule
-    settings, low_rank = config.optimizer, config.galore
-    method = f"{settings.name} on the full gradients"
-    if config.method == "galore":
-        method = (
-            f"galore of {settings.name}: rank {low_rank.rank}, new basis every "
-            f"{low_rank.update_proj_gap} updates, scale {low_rank.scale:g}"
-        )
-    device = jax.local_devices()[0].device_kind
-    layout = "packed" if data.packing else "a document a row"
-    return (
-        f"model   {count_params(params) / 1e6:,.2f}M parameters: hidden {model.hidden_size}, "
-        f"{model.num_layers} layers, vocabulary {model.vocab_size}, {config.param_dtype}\n"
-        f"method  {method}\n"
-        f"data    {data.name}: {config.batch_size} x {data.seq_len} tokens an update, {layout}\n"
-        f"run     {config.train_steps} updates, peak learning rate {schedule.peak_lr:g}, "
-        f"seed {config.seed}, on {device} with jax {jax.__version__}"
-    )
-
-
 def warmup_steps(config: Config) -> int:
     """``schedule.warmup_steps``, or a tenth of the steps where it is None."""
     steps = config.schedule.warmup_steps
     return config.train_steps // 10 if steps is None else steps
-
-
-def learning_rate(config: Config) -> optax.Schedule:
-    """Linear warm-up from 0 to the peak, then a cosine down to ``final_lr_ratio`` of it.
-
-    As in the paper's appendix C.1. Called with the number of updates already made, so that the
-    first update has learning rate 0 if there is any warm-up.
-    """
-    schedule, warmup = config.schedule, warmup_steps(config)
-    return optax.warmup_cosine_decay_schedule(
-        init_value=0.0 if warmup else schedule.peak_lr,
-        peak_value=schedule.peak_lr,
-        warmup_steps=warmup,
-        decay_steps=config.train_steps,
-        end_value=schedule.peak_lr * schedule.final_lr_ratio,
-    )

@@ -1,6 +1,6 @@
 """One update against the same thing written out."""
 
-import functools
+import dataclasses
 
 import jax
 import jax.numpy as jnp
@@ -10,14 +10,13 @@ import pytest
 from tiny import tiny_config
 
 from galore_jax.models import llama
-from galore_jax.training import settings, steps
-from galore_jax.training.optimizers import make_optimizer
+from galore_jax.training.experiment import make_experiment
+from galore_jax.training.step import make_train_step, sum_over_parts
 
 
 def start(config):
-    model, tx = settings.model_config(config), make_optimizer(config)
-    init = functools.partial(steps.init_state, model, tx)
-    return model, tx, jax.jit(init)(jax.random.key(0))
+    experiment = make_experiment(config)
+    return experiment, jax.jit(experiment.init)(jax.random.key(0))
 
 
 def random_batch(config, seed=0):
@@ -30,20 +29,20 @@ def random_batch(config, seed=0):
 
 
 def run_step(config, micro_batches, seed=0):
-    model, tx, state = start(config)
-    step = steps.make_train_step(
-        model, tx, settings.learning_rate(config), micro_batches=micro_batches
-    )
+    experiment, state = start(config)
+    of = experiment
+    mode = dataclasses.replace(of.mode, projected=False, micro_batches=micro_batches)
+    step = make_train_step(of.stages, of.task, of.optimizer, of.schedule, mode, refresh=True)
     return jax.jit(step)(state, random_batch(config, seed))
 
 
 def test_loss_and_norm_are_those_of_the_mean_over_targets():
     config = tiny_config(schedule__warmup_steps=0)
-    model, _, state = start(config)
+    experiment, state = start(config)
     batch = random_batch(config)
+    graphdef, _ = llama.init_params(experiment.model, jax.random.key(0))
 
     def mean_loss(params):
-        graphdef = steps.graph_definition(model)
         logits = llama.apply(graphdef, params).logits(batch["tokens"])
         losses = optax.softmax_cross_entropy_with_integer_labels(logits, abs(batch["targets"]))
         return jnp.sum(losses * (batch["targets"] >= 0)) / 27
@@ -72,7 +71,7 @@ def test_micro_batch_gradients_add_up_in_float32():
     params = jnp.ones((), jnp.bfloat16)
     parts = {"tokens": jnp.ones((4096, 1)), "targets": jnp.ones((4096, 1))}
     grad = jax.value_and_grad(lambda p, part: (p * part["tokens"].sum()).astype(jnp.float32))
-    _, total = steps.sum_over_parts(grad, params, parts)
+    _, total = sum_over_parts(grad, params, parts)
     assert total == 4096
     assert total.dtype == jnp.float32
 
@@ -82,7 +81,7 @@ def test_matrix_lr_scale_is_for_the_matrices_that_galore_projects():
     scaled, _ = run_step(
         tiny_config("method=full", schedule__warmup_steps=0, optimizer__matrix_lr_scale=0.5), 1
     )
-    first = start(tiny_config("method=full"))[2].params
+    first = start(tiny_config("method=full"))[1].params
     change = lambda state: jax.tree.map(lambda a, b: a - b, state.params, first)  # noqa: E731
     ratios = jax.tree.map(
         lambda a, b: float(jnp.sum(b * a) / jnp.sum(a * a)), change(plain), change(scaled)
@@ -95,7 +94,7 @@ def test_matrix_lr_scale_is_for_the_matrices_that_galore_projects():
 
 def test_schedule_is_warmup_then_cosine():
     config = tiny_config(train_steps=110, schedule__warmup_steps=10, schedule__peak_lr=1.0)
-    rate = settings.learning_rate(config)
+    rate = make_experiment(config).schedule
     assert [float(rate(step)) for step in (0, 5, 10)] == pytest.approx([0.0, 0.5, 1.0])
     assert float(rate(60)) == pytest.approx(0.1 + 0.9 / 2)
     assert float(rate(110)) == pytest.approx(0.1)
@@ -103,7 +102,7 @@ def test_schedule_is_warmup_then_cosine():
 
 def test_bfloat16_state_keeps_its_dtypes():
     config = tiny_config(dtype="bfloat16", param_dtype="bfloat16")
-    _, _, state = start(config)
+    _, state = start(config)
     new, metrics = run_step(config, micro_batches=2)
     dtypes = lambda tree: jax.tree.map(lambda x: x.dtype, tree)  # noqa: E731
     assert dtypes(new) == dtypes(state)

@@ -1,6 +1,7 @@
 """From a config to an Optax optimizer."""
 
 import difflib
+import functools
 import inspect
 from collections.abc import Callable
 from typing import Any
@@ -11,13 +12,13 @@ import optax.contrib
 
 from galore_jax.adam8bit import adamw8bit
 from galore_jax.errors import UserError
-from galore_jax.selection import is_projected
-from galore_jax.stacks import per_layer
-from galore_jax.training.settings import Config, learning_rate
-from galore_jax.transform import galore
+from galore_jax.galore import galore
+from galore_jax.models.stages import LAYERS
+from galore_jax.per_layer import per_layer
+from galore_jax.training.config import Config, warmup_steps
+from galore_jax.weights import projection_mask
 
 _SETTINGS = ("b1", "b2", "eps", "weight_decay")
-LAYERS = "^blocks/"  # the leaves whose first axis indexes layers
 # What these aliases call some of them.
 _OWN_NAMES = {
     "adafactor": {"b1": "momentum"},
@@ -32,8 +33,24 @@ _EXCLUDED = ("lbfgs", "sophia", "dpsgd", "rprop", "sm3", "optimistic_adam", "gal
 _FIXED = {"adafactor": {"multiply_by_parameter_scale": False}}
 
 
+def make_schedule(config: Config) -> optax.Schedule:
+    """Linear warm-up from 0 to the peak, then a cosine down to ``final_lr_ratio`` of it.
+
+    As in the paper's appendix C.1. Called with the number of updates already made, so that the
+    first update has learning rate 0 if there is any warm-up.
+    """
+    schedule, warmup = config.schedule, warmup_steps(config)
+    return optax.warmup_cosine_decay_schedule(
+        init_value=0.0 if warmup else schedule.peak_lr,
+        peak_value=schedule.peak_lr,
+        warmup_steps=warmup,
+        decay_steps=config.train_steps,
+        end_value=schedule.peak_lr * schedule.final_lr_ratio,
+    )
+
+
 def make_optimizer(
-    config: Config, *, stacked: bool = True
+    config: Config, schedule: optax.Schedule, *, stacked: bool = True
 ) -> optax.GradientTransformationExtraArgs:
     """The optimizer of a run: clipping, then the alias, in GaLore or on the full gradients.
 
@@ -48,7 +65,15 @@ def make_optimizer(
         does not take.
     """
     settings, low_rank = config.optimizer, config.galore
-    optimizer = _alias(config)
+    layers = LAYERS if stacked else None
+    # A part of the weights, as layerwise updates have it, may hold no matrix.
+    find_matrices = functools.partial(
+        projection_mask,
+        target_modules=tuple(low_rank.target_modules),
+        stacked_modules=layers,
+        must_match=False,
+    )
+    optimizer = _alias(config, schedule, find_matrices)
     if config.method == "galore":
         optimizer = galore(
             optimizer,
@@ -57,34 +82,36 @@ def make_optimizer(
             scale=low_rank.scale,
             proj_type=low_rank.proj_type,
             target_modules=tuple(low_rank.target_modules),
-            stacked_modules=LAYERS if stacked else None,
-            basis=low_rank.basis,
+            stacked_modules=layers,
+            projector=low_rank.projector,
             power_iterations=low_rank.power_iterations,
-            transport=low_rank.transport,
+            rotate_moments=low_rank.rotate_moments,
             projector_dtype=low_rank.projector_dtype,
             projector_bits=low_rank.projector_bits,
         )
     elif stacked:
         optimizer = per_layer(optimizer, LAYERS)
     if config.method == "full" and settings.matrix_lr_scale != 1.0:
-        targets = tuple(low_rank.target_modules)
-        matrices = optax.masked(
-            optax.scale(settings.matrix_lr_scale), lambda params: is_projected(params, targets)
-        )
+        matrices = optax.masked(optax.scale(settings.matrix_lr_scale), find_matrices)
         optimizer = optax.chain(optimizer, matrices)
     if settings.clip_norm is not None:
         optimizer = optax.chain(optax.clip_by_global_norm(settings.clip_norm), optimizer)
     return optax.with_extra_args_support(optimizer)
 
 
-def _alias(config: Config) -> optax.GradientTransformation:
+def _alias(
+    config: Config, schedule: optax.Schedule, find_matrices: Callable[[optax.Params], Any]
+) -> optax.GradientTransformation:
     settings = config.optimizer
     make = _find(settings.name)
     parameters = inspect.signature(make).parameters
     own_names = _OWN_NAMES.get(settings.name, {})
     arguments: dict[str, Any] = dict(_FIXED.get(settings.name, {}))
-    if settings.name == "muon":
-        arguments["muon_weight_dimension_numbers"] = _muon_matrices(config)
+    if settings.name == "muon":  # the matrices that GaLore would project, each layer's by itself
+        numbers = optax.contrib.MuonDimensionNumbers(reduction_axis=-2, output_axis=-1)
+        arguments["muon_weight_dimension_numbers"] = lambda params: jax.tree.map(
+            lambda is_matrix: numbers if is_matrix else None, find_matrices(params)
+        )
     for key in _SETTINGS:
         value, name = settings[key], own_names.get(key, key)
         if name in parameters and value is not None:
@@ -96,21 +123,9 @@ def _alias(config: Config) -> optax.GradientTransformation:
                 + (", ".join(takes) or f"none of {', '.join(_SETTINGS)}")
             )
     try:
-        return make(learning_rate(config), **arguments)
+        return make(schedule, **arguments)
     except (TypeError, ValueError) as error:
         raise UserError(f"config.optimizer.name={settings.name} cannot be used: {error}") from error
-
-
-def _muon_matrices(config: Config) -> Callable[[optax.Params], Any]:
-    """Muon's matrices: those that GaLore would project, each layer's by itself."""
-    targets = tuple(config.galore.target_modules)
-    numbers = optax.contrib.MuonDimensionNumbers(reduction_axis=-2, output_axis=-1)
-
-    def of_params(params: optax.Params) -> Any:
-        mask = is_projected(params, targets)
-        return jax.tree.map(lambda selected: numbers if selected else None, mask)
-
-    return of_params
 
 
 def aliases() -> dict[str, Callable[..., optax.GradientTransformation]]:

@@ -1,5 +1,6 @@
 """Every mode of updating against the plainest one: standard, full gradients, one batch."""
 
+import dataclasses
 import functools
 
 import jax
@@ -8,8 +9,7 @@ import pytest
 from tiny import tiny_config
 
 from galore_jax.errors import UserError
-from galore_jax.training import modes, settings, steps
-from galore_jax.training.optimizers import make_optimizer
+from galore_jax.training.experiment import make_experiment
 
 GAP = 3
 UPDATES = 2 * GAP + 3
@@ -37,16 +37,19 @@ def config_of(arg="", **overrides):
     return tiny_config(arg, **{**fixed, **overrides})
 
 
-def run(config):
-    tx = make_optimizer(config)
-    init = functools.partial(steps.init_state, settings.model_config(config), tx)
-    state = jax.jit(init)(jax.random.key(0))
-    compiled = {k: jax.jit(step) for k, step in modes.train_steps(config, tx).items()}
+def run(config, **mode):
+    experiment = with_mode(make_experiment(config), **mode)
+    state = jax.jit(experiment.init)(jax.random.key(0))
+    compiled = {k: jax.jit(step) for k, step in experiment.train_steps().items()}
     metrics = []
     for count, batch in enumerate(batches(config)):
-        state, numbers = compiled[modes.refreshes(config, count)](state, batch)
+        state, numbers = compiled[experiment.refreshes(count)](state, batch)
         metrics.append(jax.device_get(numbers))
     return jax.device_get(state), metrics
+
+
+def with_mode(experiment, **mode):
+    return dataclasses.replace(experiment, mode=dataclasses.replace(experiment.mode, **mode))
 
 
 def check_same(a, b, atol=1e-5):
@@ -121,44 +124,39 @@ def test_a_block_in_halves_is_the_block(arg):
     check_same_metrics(metrics, expected_metrics)
 
 
-def one_after_the_other(monkeypatch):
-    monkeypatch.setattr(modes, "side_by_side", lambda config: False)
-
-
 @pytest.mark.parametrize(
-    ("arg", "updates", "prepare"),
+    ("arg", "updates", "side_by_side"),
     [
-        ("", "standard", None),
-        ("", "layerwise", None),
-        ("", "layerwise", one_after_the_other),
-        ("method=full", "layerwise", None),
+        ("", "standard", True),
+        ("", "layerwise", True),
+        ("", "layerwise", False),
+        ("method=full", "layerwise", True),
     ],
 )
-def test_micro_batches_are_one_batch(arg, updates, prepare, monkeypatch):
-    if prepare:
-        prepare(monkeypatch)
+def test_micro_batches_are_one_batch(arg, updates, side_by_side):
     settings_of = {"updates": updates, **OPTIMIZERS["adamw"]}
-    state, metrics = run(config_of(arg, micro_batch_size=1, **settings_of))
+    state, metrics = run(
+        config_of(arg, micro_batch_size=1, **settings_of), side_by_side=side_by_side
+    )
     expected, expected_metrics = run(config_of(arg, **settings_of))
     check_same(state, expected)
     check_same_metrics(metrics, expected_metrics)
 
 
 @pytest.mark.parametrize("updates", ["standard", "layerwise"])
-def test_a_basis_from_a_micro_batch_is_that_of_its_gradient(updates, monkeypatch):
-    one_after_the_other(monkeypatch)
+def test_a_basis_from_a_micro_batch_is_that_of_its_gradient(updates):
     shared = {"updates": updates, **OPTIMIZERS["adamw"]}
-    whole = config_of(**shared)
-    parts = config_of(micro_batch_size=1, galore__refresh_from="micro_batch", **shared)
-    tx = make_optimizer(whole)
-    state = jax.jit(functools.partial(steps.init_state, settings.model_config(whole), tx))(
-        jax.random.key(0)
+    whole = make_experiment(config_of(**shared))
+    parts = make_experiment(
+        config_of(micro_batch_size=1, galore__refresh_from="micro_batch", **shared)
     )
-    on_whole = jax.jit(modes.train_steps(whole, tx)[True])
-    batch = batches(whole)[0]
+    parts = with_mode(parts, side_by_side=False)
+    state = jax.jit(whole.init)(jax.random.key(0))
+    on_whole = jax.jit(whole.train_steps()[True])
+    batch = batches(whole.config)[0]
     from_first, _ = on_whole(state, jax.tree.map(lambda x: x[:1], batch))
     from_whole, expected = on_whole(state, batch)
-    from_parts, metrics = jax.jit(modes.train_steps(parts, tx)[True])(state, batch)
+    from_parts, metrics = jax.jit(parts.train_steps()[True])(state, batch)
     projector = lambda s: jax.device_get(s.opt_state.projector)  # noqa: E731
     check_same(projector(from_parts), projector(from_first))
     with pytest.raises(AssertionError):
@@ -172,9 +170,10 @@ def test_a_basis_from_a_micro_batch_is_that_of_its_gradient(updates, monkeypatch
 def test_micro_batches_go_side_by_side_while_that_takes_less_memory():
     # Inputs of 2 blocks, 4 x 16 x 16 tokens of float32; sums of some 2 x 1,024 + 2 x 64 x 16.
     few, many = config_of(updates="layerwise"), config_of(updates="layerwise", batch_size=4096)
-    assert modes.side_by_side(few)
-    assert not modes.side_by_side(many)
-    assert modes.side_by_side(config_of("method=full", updates="layerwise", batch_size=4096))
+    full = config_of("method=full", updates="layerwise", batch_size=4096)
+    assert make_experiment(few).mode.side_by_side
+    assert not make_experiment(many).mode.side_by_side
+    assert make_experiment(full).mode.side_by_side
 
 
 @pytest.mark.parametrize(
@@ -188,4 +187,4 @@ def test_micro_batches_go_side_by_side_while_that_takes_less_memory():
 def test_what_layerwise_cannot_do_is_refused_by_name(arg, overrides, named):
     config = config_of(arg, updates="layerwise", **overrides)
     with pytest.raises(UserError, match=named):
-        modes.train_steps(config, make_optimizer(config))
+        make_experiment(config)
