@@ -95,6 +95,8 @@ def over_stacks(
         state = jax.eval_shape(optimizer.init, one)
         owners = _owners(optimizer, state, depths)
         on_stacks = _over_leaves(optimizer.init, depths, owners)
+        if not _keeps_leaves_apart(on_stacks, params):
+            return optimizer.init(params)
         # Zeros made on the stacks themselves are sharded as these are.
         plain = jax.eval_shape(optimizer.init, params)
         stacked = jax.eval_shape(on_stacks, params)

@@ -168,7 +168,7 @@ def summary(experiment: Experiment) -> str:
     method = f"{settings.name} on the full gradients"
     if config.method == "galore":
         method = (
-            f"galore of {settings.name}: rank {low_rank.rank}, new basis every "
+            f"galore of {settings.name}: rank {low_rank.rank}, new projector every "
             f"{low_rank.update_proj_gap} updates, scale {low_rank.scale:g}"
         )
     device = jax.local_devices()[0].device_kind
@@ -186,7 +186,7 @@ def summary(experiment: Experiment) -> str:
 
 def step_name(refresh: bool) -> str:
     """The name of a step in the memory report."""
-    return "step with a new basis" if refresh else "training step"
+    return "step with a refresh" if refresh else "training step"
 
 
 def _sum_bytes(shapes: Any, micro_batches: int) -> int:
