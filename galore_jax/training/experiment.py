@@ -13,14 +13,15 @@ from galore_jax.errors import UserError
 from galore_jax.memory.count import tree_bytes
 from galore_jax.models import llama
 from galore_jax.models.llama import LlamaConfig
-from galore_jax.models.stages import BLOCKS, KERNELS, Stages
+from galore_jax.models.stages import BLOCKS, KERNELS, LAYERS, Stages
 from galore_jax.per_layer import is_leafwise
 from galore_jax.projected_grad import gradient_variables
 from galore_jax.training.config import Config, check_config
 from galore_jax.training.layerwise import make_layerwise_step
-from galore_jax.training.optimizer import make_optimizer, make_schedule
+from galore_jax.training.optimizer import make_optimizer, make_schedule, uses_matrices
 from galore_jax.training.step import Mode, Step, TrainState, make_train_step
 from galore_jax.training.tasks import Batch, LanguageModelling, Task
+from galore_jax.weights import projection_mask
 
 
 @dataclasses.dataclass(frozen=True)
@@ -67,7 +68,11 @@ class Experiment:
     @functools.cached_property
     def _abstract_state(self) -> TrainState:
         try:
-            return jax.eval_shape(self.init, jax.random.key(self.config.seed))
+            state = jax.eval_shape(self.init, jax.random.key(self.config.seed))
+            if uses_matrices(self.config):
+                targets = tuple(self.config.galore.target_modules)
+                projection_mask(state.params, targets, stacked_modules=LAYERS)
+            return state
         except (TypeError, ValueError) as error:
             raise UserError(f"the optimizer does not fit the model: {error}") from error
 

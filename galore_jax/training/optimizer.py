@@ -99,6 +99,12 @@ def make_optimizer(
     return optax.with_extra_args_support(optimizer)
 
 
+def uses_matrices(config: Config) -> bool:
+    """Tells whether the optimizer treats the matrices of ``galore.target_modules`` apart."""
+    settings = config.optimizer
+    return config.method == "galore" or settings.matrix_lr_scale != 1.0 or settings.name == "muon"
+
+
 def _alias(
     config: Config, schedule: optax.Schedule, find_matrices: Callable[[optax.Params], Any]
 ) -> optax.GradientTransformation:
