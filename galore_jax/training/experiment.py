@@ -13,9 +13,8 @@ from galore_jax.errors import UserError
 from galore_jax.memory.count import tree_bytes
 from galore_jax.models import llama
 from galore_jax.models.llama import LlamaConfig
-from galore_jax.models.stages import BLOCKS, KERNELS, LAYERS, Stages
+from galore_jax.models.stages import BLOCKS, LAYERS, Stages
 from galore_jax.per_layer import is_leafwise
-from galore_jax.projected_grad import gradient_variables
 from galore_jax.training.config import Config, check_config
 from galore_jax.training.layerwise import make_layerwise_step
 from galore_jax.training.optimizer import make_optimizer, make_schedule, uses_matrices
@@ -106,10 +105,7 @@ class Experiment:
         state = self.abstract_state()
         if not self.mode.projected:
             return state.params
-        variables = functools.partial(
-            gradient_variables, proj_type=self.mode.proj_type, kernels=KERNELS
-        )
-        return jax.eval_shape(variables, state.params, state.opt_state)
+        return jax.eval_shape(self.mode.variables, state.params, state.opt_state)
 
     def gradient_bytes(self) -> int:
         """Bytes of the gradients that exist at once in such a step, float32 sums included."""
