@@ -95,6 +95,8 @@ def over_stacks(
         state = jax.eval_shape(optimizer.init, one)
         owners = _owners(optimizer, state, depths)
         on_stacks = _over_leaves(optimizer.init, depths, owners)
+        if not _keeps_leaves_apart(on_stacks, params):
+            return optimizer.init(params)
         # Zeros made on the stacks themselves are sharded as these are.
         plain = jax.eval_shape(optimizer.init, params)
         stacked = jax.eval_shape(on_stacks, params)
@@ -193,7 +195,7 @@ def take_layer(tree: Any, axes: Any, index: jax.typing.ArrayLike) -> Any:
 
 
 def put_layer(tree: Any, axes: Any, index: jax.typing.ArrayLike, layer: Any) -> Any:
-    """Puts one layer into the stacked arrays of a tree; the other arrays stay as they are.
+    """Puts one layer into the stacked arrays of a tree; other arrays are the layer's.
 
     >>> import jax.numpy as jnp
     >>> put_layer([jnp.arange(3)], [True], 1, [jnp.int32(7)])[0].tolist()
@@ -201,7 +203,7 @@ def put_layer(tree: Any, axes: Any, index: jax.typing.ArrayLike, layer: Any) -> 
     """
 
     def put(x: jax.Array, is_stacked: bool, new: jax.Array) -> jax.Array:
-        return jax.lax.dynamic_update_index_in_dim(x, new, index, 0) if is_stacked else x
+        return jax.lax.dynamic_update_index_in_dim(x, new, index, 0) if is_stacked else new
 
     return jax.tree.map(put, tree, axes, layer)
 

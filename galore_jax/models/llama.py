@@ -150,9 +150,6 @@ class Llama(nnx.Module):
     ``post_attention_norm/scale``, ``mlp/{gate,up,down}_proj/kernel``; ``final_norm/scale``;
     and ``lm_head/kernel`` (D, V) unless ``tie_embeddings``.
 
-    The methods split where a trainer may want to: :meth:`embed`, a block (from
-    :func:`block_graphdef`), :meth:`final_norm`, :meth:`nll`; :meth:`loss` is their composition.
-
     Example:
       >>> config = LlamaConfig(
       ...     hidden_size=16, intermediate_size=24, num_layers=2, num_heads=2, vocab_size=32
@@ -211,11 +208,6 @@ class Llama(nnx.Module):
         """Logits ``(B, S, V)``, float32, of the token after each of ``tokens`` (B, S)."""
         return linear(self.hidden_states(tokens), self.head, out_dtype=jnp.float32)
 
-    def nll(self, hidden: jax.Array, targets: jax.Array) -> tuple[jax.Array, jax.Array]:
-        """The head's part of :meth:`loss`: ``hidden`` is the (B, S, D) of :meth:`hidden_states`."""
-        chunk_tokens = self.config.loss_chunk_tokens
-        return cross_entropy(hidden, self.head, targets, chunk_tokens=chunk_tokens)
-
     def loss(self, tokens: jax.Array, targets: jax.Array) -> tuple[jax.Array, jax.Array]:
         """Summed negative log-likelihood of ``targets``; see :func:`cross_entropy`.
 
@@ -227,7 +219,8 @@ class Llama(nnx.Module):
         Returns:
           The sum over the targets not ignored, float32, in nats; and their number, int32.
         """
-        return self.nll(self.hidden_states(tokens), targets)
+        hidden, chunk_tokens = self.hidden_states(tokens), self.config.loss_chunk_tokens
+        return cross_entropy(hidden, self.head, targets, chunk_tokens=chunk_tokens)
 
 
 def init_params(config: LlamaConfig, key: jax.Array) -> tuple[nnx.GraphDef, Params]:
@@ -289,7 +282,7 @@ def stages(config: LlamaConfig) -> Stages:
       True
     """
     graphdef, _ = jax.eval_shape(functools.partial(init_params, config), jax.random.key(0))
-    block = block_graphdef(config)
+    block, _ = jax.eval_shape(lambda: nnx.split(Block(config, rngs=nnx.Rngs(0))))
 
     def forward(params: Params, batch: Any) -> Predictions:
         model = apply(graphdef, params)
@@ -323,27 +316,6 @@ def stages(config: LlamaConfig) -> Stages:
         block=halves if config.remat else (whole,),
         after=Stage(("final_norm", "embed" if config.tie_embeddings else "lm_head"), predict),
     )
-
-
-def block_graphdef(config: LlamaConfig) -> nnx.GraphDef:
-    """The graph definition of one block, for running a block alone.
-
-    Example:
-      >>> config = LlamaConfig(
-      ...     hidden_size=16, intermediate_size=24, num_layers=2, num_heads=2, vocab_size=32
-      ... )
-      >>> _, params = init_params(config, jax.random.key(0))
-      >>> layer = jax.tree.map(lambda leaf: leaf[0], params["blocks"])
-      >>> block = nnx.merge(block_graphdef(config), layer)
-      >>> block(jnp.ones((1, 8, 16)), jnp.arange(8)).shape
-      (1, 8, 16)
-    """
-
-    def init(key):
-        return nnx.split(Block(config, rngs=nnx.Rngs(key)))
-
-    graphdef, _ = jax.eval_shape(init, jax.random.key(0))
-    return graphdef
 
 
 def count_params(params: Params) -> int:

@@ -3,7 +3,7 @@
 import difflib
 import importlib.util
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import jax
@@ -12,6 +12,7 @@ from galore_jax.errors import UserError
 from galore_jax.projection import PROJ_TYPES
 from galore_jax.projectors import PROJECTOR_METHODS
 from galore_jax.rounding import ROUNDINGS
+from galore_jax.weights import path_filter
 
 Config = Any  # an ml_collections.ConfigDict with the keys of configs/base.py
 
@@ -49,6 +50,7 @@ _CHOICES = {
     "galore.proj_type": PROJ_TYPES,
     "galore.projector": PROJECTOR_METHODS,
     "galore.projector_bits": (None, 8, 4),
+    "galore.projector_dtype": (None, *_DTYPES),
     "galore.refresh_from": ("batch", "micro_batch"),
     "param_rounding": ROUNDINGS,
     "updates": ("standard", "layerwise"),
@@ -61,55 +63,65 @@ def check_config(config: Config) -> None:
     Raises:
       UserError: the key, its value, and what is allowed, in one line.
     """
+    values = dict(flat_items(config))
 
-    def refuse(key: str, allowed: str) -> None:
-        raise UserError(f"config.{key}={_get(config, key)!r} must be {allowed}")
+    def require(key: str, allowed: str, is_allowed: Callable[[Any], bool]) -> None:
+        if not is_allowed(values[key]):
+            raise UserError(f"config.{key}={values[key]!r} must be {allowed}")
 
-    for key, value in flat_items(config):
-        if isinstance(value, float) and not math.isfinite(value):
-            refuse(key, "a finite number")
-    for key in (*_AT_LEAST_ONE, *_AT_LEAST_ZERO):
-        least = 1 if key in _AT_LEAST_ONE else 0
-        value = _get(config, key)
-        if value is not None and not value >= least:
-            refuse(key, f"at least {least}")
+    for key, value in values.items():
+        if isinstance(value, float):
+            require(key, "a finite number", math.isfinite)
+    for key in _AT_LEAST_ONE:
+        require(key, "at least 1", lambda x: x >= 1)
+    for key in _AT_LEAST_ZERO:
+        require(key, "at least 0", lambda x: x is None or x >= 0)
     for key in ("optimizer.b1", "optimizer.b2"):
-        value = _get(config, key)
-        if value is not None and not 0 <= value < 1:
-            refuse(key, "at least 0 and less than 1")
-    if config.data.seq_len < 2:
-        refuse("data.seq_len", "at least 2: a token and the one it predicts")
+        require(key, "at least 0 and less than 1", lambda x: x is None or 0 <= x < 1)
+    require("data.seq_len", "at least 2: a token and the one it predicts", lambda x: x >= 2)
     for key in _POSITIVE:
-        if _get(config, key) is not None and not _get(config, key) > 0:
-            refuse(key, "greater than 0")
+        require(key, "greater than 0", lambda x: x is None or x > 0)
     for key, choices in _CHOICES.items():
-        if (value := _get(config, key)) not in choices:
-            near = difflib.get_close_matches(str(value), map(str, choices), n=1)
-            refuse(
-                key, " or ".join(map(str, choices)) + (f"; did you mean {near[0]}?" if near else "")
-            )
-    if config.batch_size % config.micro_batch_size:
-        refuse("batch_size", f"a multiple of config.micro_batch_size={config.micro_batch_size}")
-    if not 0 <= config.schedule.final_lr_ratio <= 1:
-        refuse("schedule.final_lr_ratio", "from 0 to 1")
-    if warmup_steps(config) >= config.train_steps:
-        refuse("schedule.warmup_steps", f"less than config.train_steps={config.train_steps}")
-    if config.model.attention_implementation == "cudnn" and jax.default_backend() != "gpu":
-        refuse("model.attention_implementation", "xla or None on this device: cudnn is for GPUs")
-    if config.projected_gradients and config.method != "galore":
-        refuse("projected_gradients", "None or False with config.method='full'")
-    if config.projected_gradients and config.optimizer.clip_norm is not None:
-        refuse(
-            "projected_gradients",
-            "None or False with config.optimizer.clip_norm: the norm of the full gradient, which "
-            "is then not known; or give --config.optimizer.clip_norm=None",
-        )
-    if config.tensorboard and importlib.util.find_spec("tensorboardX") is None:
-        refuse("tensorboard", "False, or install the extra: pip install 'galore-jax[tensorboard]'")
+        near = difflib.get_close_matches(str(values[key]), map(str, choices), n=1)
+        hint = f"; did you mean {near[0]}?" if near else ""
+        require(key, " or ".join(map(str, choices)) + hint, choices.__contains__)
+    multiple = f"a multiple of config.micro_batch_size={config.micro_batch_size}"
+    require("batch_size", multiple, lambda x: x % config.micro_batch_size == 0)
+    require("schedule.final_lr_ratio", "from 0 to 1", lambda x: 0 <= x <= 1)
+    require(
+        "schedule.warmup_steps",
+        f"less than config.train_steps={config.train_steps}",
+        lambda _: warmup_steps(config) < config.train_steps,
+    )
+    require(
+        "model.attention_implementation",
+        "xla or None on this device: cudnn is for GPUs",
+        lambda x: x != "cudnn" or jax.default_backend() == "gpu",
+    )
+    require(
+        "projected_gradients",
+        "None or False with config.method='full'",
+        lambda x: not x or config.method == "galore",
+    )
+    require(
+        "projected_gradients",
+        "None or False with config.optimizer.clip_norm: the norm of the full gradient, which "
+        "is then not known; or give --config.optimizer.clip_norm=None",
+        lambda x: not x or config.optimizer.clip_norm is None,
+    )
+    require(
+        "tensorboard",
+        "False, or install the extra: pip install 'galore-jax[tensorboard]'",
+        lambda x: not x or importlib.util.find_spec("tensorboardX") is not None,
+    )
+    try:
+        path_filter(tuple(config.galore.target_modules))
+    except (TypeError, ValueError) as error:
+        raise UserError(f"config.galore.{error}") from error
 
 
 def flat_items(config: Config, prefix: str = "") -> Iterator[tuple[str, Any]]:
-    """The values of a config, or of nested dicts, by their dotted keys.
+    """Gives the values of a config, or of nested dicts, by their dotted keys.
 
     >>> list(flat_items({"seed": 0, "galore": {"rank": 4}}))
     [('seed', 0), ('galore.rank', 4)]
@@ -121,13 +133,7 @@ def flat_items(config: Config, prefix: str = "") -> Iterator[tuple[str, Any]]:
             yield prefix + key, value
 
 
-def _get(config: Config, key: str) -> Any:
-    for part in key.split("."):
-        config = config[part]
-    return config
-
-
 def warmup_steps(config: Config) -> int:
-    """``schedule.warmup_steps``, or a tenth of the steps where it is None."""
+    """Returns ``schedule.warmup_steps``, or a tenth of the steps where that is None."""
     steps = config.schedule.warmup_steps
     return config.train_steps // 10 if steps is None else steps

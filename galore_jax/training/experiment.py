@@ -13,14 +13,14 @@ from galore_jax.errors import UserError
 from galore_jax.memory.count import tree_bytes
 from galore_jax.models import llama
 from galore_jax.models.llama import LlamaConfig
-from galore_jax.models.stages import BLOCKS, KERNELS, Stages
+from galore_jax.models.stages import BLOCKS, LAYERS, Stages
 from galore_jax.per_layer import is_leafwise
-from galore_jax.projected_grad import gradient_variables
 from galore_jax.training.config import Config, check_config
 from galore_jax.training.layerwise import make_layerwise_step
-from galore_jax.training.optimizer import make_optimizer, make_schedule
+from galore_jax.training.optimizer import make_optimizer, make_schedule, uses_matrices
 from galore_jax.training.step import Mode, Step, TrainState, make_train_step
 from galore_jax.training.tasks import Batch, LanguageModelling, Task
+from galore_jax.weights import projection_mask
 
 
 @dataclasses.dataclass(frozen=True)
@@ -67,7 +67,11 @@ class Experiment:
     @functools.cached_property
     def _abstract_state(self) -> TrainState:
         try:
-            return jax.eval_shape(self.init, jax.random.key(self.config.seed))
+            state = jax.eval_shape(self.init, jax.random.key(self.config.seed))
+            if uses_matrices(self.config):
+                targets = tuple(self.config.galore.target_modules)
+                projection_mask(state.params, targets, stacked_modules=LAYERS)
+            return state
         except (TypeError, ValueError) as error:
             raise UserError(f"the optimizer does not fit the model: {error}") from error
 
@@ -101,10 +105,7 @@ class Experiment:
         state = self.abstract_state()
         if not self.mode.projected:
             return state.params
-        variables = functools.partial(
-            gradient_variables, proj_type=self.mode.proj_type, kernels=KERNELS
-        )
-        return jax.eval_shape(variables, state.params, state.opt_state)
+        return jax.eval_shape(self.mode.variables, state.params, state.opt_state)
 
     def gradient_bytes(self) -> int:
         """Bytes of the gradients that exist at once in such a step, float32 sums included."""
@@ -168,7 +169,7 @@ def summary(experiment: Experiment) -> str:
     method = f"{settings.name} on the full gradients"
     if config.method == "galore":
         method = (
-            f"galore of {settings.name}: rank {low_rank.rank}, new basis every "
+            f"galore of {settings.name}: rank {low_rank.rank}, new projector every "
             f"{low_rank.update_proj_gap} updates, scale {low_rank.scale:g}"
         )
     device = jax.local_devices()[0].device_kind
@@ -186,7 +187,7 @@ def summary(experiment: Experiment) -> str:
 
 def step_name(refresh: bool) -> str:
     """The name of a step in the memory report."""
-    return "step with a new basis" if refresh else "training step"
+    return "step with a refresh" if refresh else "training step"
 
 
 def _sum_bytes(shapes: Any, micro_batches: int) -> int:

@@ -12,18 +12,17 @@ after the other.
 
 import dataclasses
 import functools
-from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 import optax
 
-from galore_jax.models.stages import BLOCKS, KERNELS, LAYERS, Stage, Stages
-from galore_jax.per_layer import layer_axes, layer_depths, put_layer, take_layer
-from galore_jax.projected_grad import gradient_variables, project_gradients, with_variables
+from galore_jax.models.stages import BLOCKS, Stages
+from galore_jax.projected_grad import with_variables
 from galore_jax.rounding import apply_updates
 from galore_jax.training import backward
+from galore_jax.training.groups import Groups, find_groups, take_all
 from galore_jax.training.step import (
     Metrics,
     Mode,
@@ -70,30 +69,8 @@ def make_layerwise_step(
     return train_step
 
 
-class _Updated(NamedTuple):
-    """A group of weights after its update.
-
-    Attributes:
-      params, opt_state: the new ones.
-      squares: the sums of the squares of its gradients, and of those as the optimizer sees them,
-        float32 (2,).
-      gradients: the latter.
-    """
-
-    params: Any
-    opt_state: optax.OptState
-    squares: jax.Array
-    gradients: Any
-
-
 @dataclasses.dataclass(frozen=True)
 class _LayerwiseStep:
-    """Groups of weights are updated one by one: the parts of a block, what is after, and before.
-
-    A group's params and optimizer state are the whole trees with ``optax.MaskedNode()`` in the
-    place of all other leaves, as ``optax.masked`` has it.
-    """
-
     model: Stages
     task: Task
     tx: optax.GradientTransformationExtraArgs
@@ -113,7 +90,7 @@ class _LayerwiseStep:
             )
             begin = 1
         if begin < last:
-            variables = self._variables(state.params, state.opt_state)
+            variables = self.mode.variables(state.params, state.opt_state)
             if sums:
                 flat = jax.tree.leaves(sums[1])
                 sums = sums[0], jax.tree.unflatten(jax.tree.structure(variables), flat)
@@ -150,193 +127,136 @@ class _LayerwiseStep:
           The new state, its step unchanged; loss and norms; and with ``only_refresh`` the loss and
           gradients, as ``sums``.
         """
-        model, params = self.model, state.params
-        stages, after, before = range(len(model.block)), len(model.block), len(model.block) + 1
-        of_params, of_state = self._groups(state)
-        opt_states = [_pick(i, of_state, state.opt_state) for i in (*stages, after, before)]
-        depths = layer_depths(params, LAYERS)
-        axes = [layer_axes(self.tx, opt_states[i], depths) for i in stages]
-
-        x, inputs = backward.run_forward(model, params, parts)
+        model, groups = self.model, find_groups(self.model, self.tx, state)
+        x, inputs = backward.run_forward(model, state.params, parts)
         loss, after_grads, dx = backward.after_gradients(
-            model, self.task, params, x, parts, per_target
+            model, self.task, state.params, x, parts, per_target
         )
-        earlier = None
+        earlier: Any = None
         if sums:
             loss, earlier = loss + sums[0], sums[1]
         update = functools.partial(
-            self._update, loss=loss, count=state.step, full=full, only_refresh=only_refresh
+            self._update, groups, loss=loss, full=full, only_refresh=only_refresh
         )
 
-        def update_outer(group: int, grads: dict[str, Any]) -> _Updated:
-            grads = _pick(group, of_params, {**params, **grads})
+        def update_outer(group: int, grads: dict[str, Any], state: TrainState) -> Any:
+            grads = groups.pick(group, {**state.params, **grads})
             if earlier is not None:
-                grads = _plus(grads, _pick(group, of_params, earlier))
-            return update(_pick(group, of_params, params), opt_states[group], grads)
+                grads = _plus(grads, groups.pick(group, earlier))
+            return update(group, None, grads, state)
 
-        updated_after = update_outer(after, after_grads)
+        state, after_squares, projected_after = update_outer(groups.after, after_grads, state)
         # The head's gradient is not to outlive its update. (Waiting for the new weights themselves
         # would keep them from being written over the old ones.)
-        dx, _ = jax.lax.optimization_barrier((dx, updated_after.opt_state))
-
-        def take(i: int, index: jax.Array, blocks: Any, opt_state: Any) -> tuple[Any, Any]:
-            weights = _pick(i, of_params, {**params, BLOCKS: _layer(blocks, index)})
-            return weights, take_layer(opt_state, axes[i], index)
+        dx, _ = jax.lax.optimization_barrier((dx, state.opt_state))
 
         def layer_step(carry: Any, this: Any) -> tuple[Any, Any]:
-            blocks, opt_states, dx, squares = carry
+            state, dx, squares = carry
             index, x, earlier = this
-            stage_inputs, gradients = [x], {}
+            stage_inputs, projected = [x], {}
             for stage in model.block[:-1]:
-                x = backward.run_stage(stage, _layer(blocks, index), x)
+                x = backward.run_stage(stage, take_all(state.params[BLOCKS], index), x)
                 stage_inputs.append(x)
-            for i in reversed(stages):
-                stage, layer = model.block[i], _layer(blocks, index)
-                weights, opt_state = take(i, index, blocks, opt_states[i])
-                run, variables = self._run_and_variables(stage, layer, weights, opt_state, full)
-                grads, dx = backward.stage_gradients(run, variables, stage_inputs[i], dx)
+            for group in reversed(range(len(model.block))):
+                keys = model.block[group].keys
+                grads, dx = self._gradients(
+                    groups, group, index, state, stage_inputs[group], dx, full
+                )
                 if earlier is not None:
-                    grads = _plus(grads, {key: earlier[key] for key in stage.keys})
+                    grads = _plus(grads, {key: earlier[key] for key in keys})
                 # The copies of weights and state that the gradients took are gone before those for
                 # the update come, and the latter before the next part.
                 index, grads, dx = jax.lax.optimization_barrier((index, grads, dx))
-                new = update(*take(i, index, blocks, opt_states[i]), grads)
-                blocks |= {
-                    key: _put_layer(blocks[key], index, new.params[BLOCKS][key])
-                    for key in stage.keys
-                }
-                opt_states[i] = put_layer(opt_states[i], axes[i], index, new.opt_state)
-                squares += new.squares
+                state, more, grads = update(group, index, grads, state)
+                squares += more
                 if only_refresh:
-                    gradients |= {key: new.gradients[BLOCKS][key] for key in stage.keys}
-                dx, blocks, opt_states = jax.lax.optimization_barrier((dx, blocks, opt_states))
-            return (blocks, opt_states, dx, squares), gradients
+                    projected |= {key: grads[BLOCKS][key] for key in keys}
+                dx, state = jax.lax.optimization_barrier((dx, state))
+            return (state, dx, squares), projected
 
-        (blocks, block_states, dx, squares), block_grads = jax.lax.scan(
+        # Without the other weights: in the carry their gradients would be kept beside them.
+        (blocks, dx, squares), projected_blocks = jax.lax.scan(
             layer_step,
-            (params[BLOCKS], opt_states[:after], dx, updated_after.squares),
+            (groups.of_blocks(state), dx, after_squares),
             (jnp.arange(len(inputs)), inputs, earlier and earlier[BLOCKS]),
             reverse=True,
         )
-        before_grads = backward.before_gradients(model, params, parts, dx)
-        tied = before_grads.keys() & after_grads.keys()
-        before_grads |= {key: _plus(before_grads[key], after_grads[key]) for key in tied}
-        updated_before = update_outer(before, before_grads)
+        state = groups.put_blocks(state, blocks)
+        before_grads = backward.before_gradients(model, state.params, parts, dx)
+        for key in before_grads.keys() & after_grads.keys():  # tied weights
+            before_grads[key] = _plus(before_grads[key], after_grads[key])
+        state, more, projected = update_outer(groups.before, before_grads, state)
 
-        squares += updated_before.squares
+        squares += more
         metrics = {"loss": loss}
         if full:
             metrics["grad_norm"] = jnp.sqrt(squares[0])
         if self.mode.projected and not only_refresh:
             metrics["projected_grad_norm"] = jnp.sqrt(squares[1])
-
-        def joined(of_after: Any, of_blocks: Any, of_before: Any) -> Any:
-            keys = {key: of_after[key] for key in model.after.keys} | {BLOCKS: of_blocks}
-            return keys | {key: of_before[key] for key in model.before.keys}
-
-        gradients = ()
-        if only_refresh:
-            grads = joined(updated_after.gradients, block_grads, updated_before.gradients)
-            gradients = loss, jax.tree.map(lambda x: x.astype(jnp.float32), grads)
-        new_states = (*block_states, updated_after.opt_state, updated_before.opt_state)
-        new_state = state._replace(
-            params=joined(updated_after.params, blocks, updated_before.params),
-            opt_state=jax.tree.map(lambda group, *xs: xs[group], of_state, *new_states),
-        )
-        return new_state, metrics, gradients
-
-    def _groups(self, state: TrainState) -> tuple[Any, Any]:
-        """The index of each weight's group, and of each one's part of the state; -1 where shared.
-
-        The parts of a block come first, then what is after the blocks, then what is before them.
-        """
-        stages = self.model.block
-        of_key = dict.fromkeys(self.model.after.keys, len(stages))
-        of_key |= dict.fromkeys(self.model.before.keys, len(stages) + 1)
-        of_block = {key: i for i, stage in enumerate(stages) for key in stage.keys}
-        groups = {
-            key: {k: _fill(tree[k], of_block[k]) for k in tree}
-            if key == BLOCKS
-            else _fill(tree, of_key[key])
-            for key, tree in state.params.items()
+        if not only_refresh:
+            return state, metrics, ()
+        projected |= {
+            key: projected_after[key] for key in model.after.keys if key not in before_grads
         }
-        of_state = optax.tree_utils.tree_map_params(
-            self.tx,
-            lambda _, groups: groups,
-            state.opt_state,
-            groups,
-            transform_non_params=lambda x: _fill(x, -1),
-            is_leaf=lambda _: True,
-        )
-        return groups, of_state
+        projected[BLOCKS] = projected_blocks
+        return state, metrics, (loss, jax.tree.map(lambda x: x.astype(jnp.float32), projected))
 
-    def _run_and_variables(
-        self, stage: Stage, layer: Any, weights: Any, opt_state: optax.OptState, full: bool
-    ) -> tuple[Callable[[Any, jax.Array], jax.Array], Any]:
-        """A part of a block as a function of (variables, x), and the variables."""
-        variables, nodes = weights, lambda variables: variables
-        if not full:
-            variables = self._variables(weights, opt_state)
-            nodes = functools.partial(with_variables, weights, opt_state)
+    def _gradients(
+        self,
+        groups: Groups,
+        group: int,
+        index: jax.Array,
+        state: TrainState,
+        x: jax.Array,
+        dx: jax.Array,
+        full: bool,
+    ) -> tuple[Any, jax.Array]:
+        """Differentiates a part of a layer by its weights or variables, and by its input."""
+        stage, layer = self.model.block[group], take_all(state.params[BLOCKS], index)
+        weights, opt_state = groups.take(group, index, state)
+        variables = weights if full else self.mode.variables(weights, opt_state)
 
         def run(variables: Any, x: jax.Array) -> jax.Array:
-            ours = nodes(variables)[BLOCKS]
-            return stage.run({**layer, **{key: ours[key] for key in stage.keys}}, x)
+            nodes = variables if full else with_variables(weights, opt_state, variables)
+            return stage.run({**layer, **{key: nodes[BLOCKS][key] for key in stage.keys}}, x)
 
-        return run, variables
-
-    def _variables(self, params: Any, opt_state: optax.OptState) -> Any:
-        return gradient_variables(params, opt_state, proj_type=self.mode.proj_type, kernels=KERNELS)
+        return backward.stage_gradients(run, variables, x, dx)
 
     def _update(
         self,
-        params: Any,
-        opt_state: optax.OptState,
+        groups: Groups,
+        group: int,
+        index: jax.Array | None,
         grads: Any,
+        state: TrainState,
         *,
         loss: jax.Array,
-        count: jax.Array,
         full: bool,
         only_refresh: bool,
-    ) -> _Updated:
-        """Updates one group: of one layer, or of weights outside the blocks."""
-        grads = cast_like(params if full else self._variables(params, opt_state), grads)
+    ) -> tuple[TrainState, jax.Array, Any]:
+        """Updates one group: of one layer, or of weights outside the blocks.
+
+        Returns:
+          The new state; the sums of the squares of its gradients, and of those as the optimizer
+          sees them, float32 (2,); and the latter.
+        """
+        params, opt_state = groups.take(group, index, state)
+        grads = cast_like(params if full else self.mode.variables(params, opt_state), grads)
         if only_refresh:
             opt_state = self.tx.refresh(grads, opt_state, params)  # pyright: ignore
         else:
-            refresh = full and self.refresh
             updates, opt_state = self.tx.update(
-                grads, opt_state, params, value=loss, refresh=refresh
+                grads, opt_state, params, value=loss, refresh=full and self.refresh
             )
-            params = apply_updates(params, updates, count, self.mode.rounding)
+            params = apply_updates(params, updates, state.step, self.mode.rounding)
         projected = grads
         if full and self.mode.projected:
-            projected = project_gradients(
-                grads, opt_state, proj_type=self.mode.proj_type, kernels=KERNELS
-            )
+            projected = self.mode.project(grads, opt_state)
         squares = jnp.stack([sum_of_squares(grads), sum_of_squares(projected)])
-        return _Updated(params, opt_state, squares, projected)
-
-
-def _pick(group: int, groups: Any, tree: Any) -> Any:
-    """A group's leaves of a tree, and those that all share."""
-    masked = optax.MaskedNode()
-    return jax.tree.map(lambda i, x: x if i in (group, -1) else masked, groups, tree)
-
-
-def _fill(tree: Any, value: int) -> Any:
-    return jax.tree.map(lambda _: value, tree)
-
-
-def _layer(blocks: Any, index: jax.Array) -> Any:
-    return take_layer(blocks, jax.tree.map(lambda _: True, blocks), index)
-
-
-def _put_layer(blocks: Any, index: jax.Array, layer: Any) -> Any:
-    return put_layer(blocks, jax.tree.map(lambda _: True, blocks), index, layer)
+        return groups.put(group, index, state, params, opt_state), squares, projected
 
 
 def _plus(grads: Any, others: Any) -> Any:
     """Adds gradients of the same leaves, whatever shape the nodes around them are noted with."""
-    sums = [a + b for a, b in zip(jax.tree.leaves(grads), jax.tree.leaves(others), strict=True)]
-    return jax.tree.unflatten(jax.tree.structure(grads), sums)
+    pairs = zip(jax.tree.leaves(grads), jax.tree.leaves(others), strict=True)
+    return jax.tree.unflatten(jax.tree.structure(grads), [a + b for a, b in pairs])

@@ -68,12 +68,9 @@ def make_optimizer(
     layers = LAYERS if stacked else None
     # A part of the weights, as layerwise updates have it, may hold no matrix.
     find_matrices = functools.partial(
-        projection_mask,
-        target_modules=tuple(low_rank.target_modules),
-        stacked_modules=layers,
-        must_match=False,
+        projection_mask, target_modules=tuple(low_rank.target_modules), must_match=False
     )
-    optimizer = _alias(config, schedule, find_matrices)
+    optimizer = _alias(config, schedule, find_matrices)  # which sees single layers
     if config.method == "galore":
         optimizer = galore(
             optimizer,
@@ -92,11 +89,20 @@ def make_optimizer(
     elif stacked:
         optimizer = per_layer(optimizer, LAYERS)
     if config.method == "full" and settings.matrix_lr_scale != 1.0:
-        matrices = optax.masked(optax.scale(settings.matrix_lr_scale), find_matrices)
+        matrices = optax.masked(
+            optax.scale(settings.matrix_lr_scale),
+            functools.partial(find_matrices, stacked_modules=layers),
+        )
         optimizer = optax.chain(optimizer, matrices)
     if settings.clip_norm is not None:
         optimizer = optax.chain(optax.clip_by_global_norm(settings.clip_norm), optimizer)
     return optax.with_extra_args_support(optimizer)
+
+
+def uses_matrices(config: Config) -> bool:
+    """Tells whether the optimizer treats the matrices of ``galore.target_modules`` apart."""
+    settings = config.optimizer
+    return config.method == "galore" or settings.matrix_lr_scale != 1.0 or settings.name == "muon"
 
 
 def _alias(

@@ -67,6 +67,14 @@ class Mode:
         if not self.side_by_side and not self.projected:
             raise ValueError("micro-batches one after the other need projected gradients")
 
+    def variables(self, params: Any, opt_state: optax.OptState) -> Any:
+        """What projected gradients are taken by, see ``gradient_variables``."""
+        return gradient_variables(params, opt_state, proj_type=self.proj_type, kernels=KERNELS)
+
+    def project(self, grads: Any, opt_state: optax.OptState) -> Any:
+        """Full gradients as the optimizer sees them, see ``project_gradients``."""
+        return project_gradients(grads, opt_state, proj_type=self.proj_type, kernels=KERNELS)
+
 
 def make_train_step(
     model: Stages,
@@ -103,7 +111,6 @@ def make_train_step(
             return task.loss(model.forward(params, part), part) * per_target
 
         opt_state, norms, update_refreshes = state.opt_state, {}, refresh
-        how: Any = {"proj_type": mode.proj_type, "kernels": KERNELS}
         from_batch = mode.refresh_from == "batch" or mode.micro_batches == 1
         if not mode.projected or (refresh and from_batch):
             loss, grads = sum_over_parts(jax.value_and_grad(part_of_mean), state.params, parts)
@@ -117,8 +124,8 @@ def make_train_step(
                 loss, grads = jax.value_and_grad(part_of_mean)(state.params, head)
                 norms["grad_norm"] = gradient_norm(grads)
                 opt_state = tx.refresh(grads, opt_state, state.params)  # pyright: ignore
-                first = loss, project_gradients(grads, opt_state, **how)
-            variables = gradient_variables(state.params, opt_state, **how)
+                first = loss, mode.project(grads, opt_state)
+            variables = mode.variables(state.params, opt_state)
 
             def projected_part_of_mean(variables: Any, part: Batch) -> jax.Array:
                 return part_of_mean(with_variables(state.params, opt_state, variables), part)
@@ -134,7 +141,7 @@ def make_train_step(
             grads, opt_state, state.params, value=loss, refresh=update_refreshes
         )
         if mode.projected and "projected_grad_norm" not in norms:
-            norms["projected_grad_norm"] = gradient_norm(project_gradients(grads, opt_state, **how))
+            norms["projected_grad_norm"] = gradient_norm(mode.project(grads, opt_state))
         metrics = {
             "loss": loss,
             "learning_rate": jnp.asarray(schedule(state.step), jnp.float32),

@@ -101,6 +101,15 @@ def test_layerwise_is_standard(method, name):
         np.testing.assert_allclose(mine["loss"], theirs["loss"], rtol=1e-5)
 
 
+@pytest.mark.parametrize("method", ["galore", "full"])
+def test_layerwise_muon_with_a_rate_of_the_matrices_is_standard(method):
+    arg = f"method={method},optimizer=muon"
+    shared = {"optimizer__matrix_lr_scale": 0.5, "projected_gradients": False}
+    state, _ = run(config_of(arg, updates="layerwise", **shared))
+    expected, _ = run(config_of(arg, **shared))
+    check_same(state, expected, atol=1e-4)
+
+
 @pytest.mark.parametrize("updates", ["standard", "layerwise"])
 @pytest.mark.parametrize("name", OPTIMIZERS)
 def test_projected_is_standard(name, updates):

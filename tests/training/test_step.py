@@ -100,6 +100,22 @@ def test_schedule_is_warmup_then_cosine():
     assert float(rate(110)) == pytest.approx(0.1)
 
 
+@pytest.mark.parametrize(("dtype", "param_dtype"), [("float16", "float32"), ("float16", "float16")])
+@pytest.mark.parametrize("implementation", [None, "xla"])
+def test_float16_trains_on_a_cpu(dtype, param_dtype, implementation):
+    of_float32 = tiny_config(schedule__warmup_steps=0)
+    config = tiny_config(
+        schedule__warmup_steps=0,
+        dtype=dtype,
+        param_dtype=param_dtype,
+        model__attention_implementation=implementation,
+    )
+    _, metrics = run_step(config, micro_batches=2)
+    _, expected = run_step(of_float32, micro_batches=2)
+    np.testing.assert_allclose(metrics["loss"], expected["loss"], rtol=1e-3)
+    np.testing.assert_allclose(metrics["grad_norm"], expected["grad_norm"], rtol=1e-2)
+
+
 def test_bfloat16_state_keeps_its_dtypes():
     config = tiny_config(dtype="bfloat16", param_dtype="bfloat16")
     _, state = start(config)
