@@ -2,8 +2,8 @@
 
 import atexit
 import dataclasses
-import weakref
 from collections.abc import Iterator
+from typing import Any, ClassVar, Self
 
 import grain
 import numpy as np
@@ -15,7 +15,6 @@ from galore_jax.data.tokenizer import Tokenizer, check_vocabulary
 from galore_jax.errors import UserError
 
 IGNORED = -1  # the target where there is nothing to predict
-_BATCHES_AHEAD = 4
 
 Batch = dict[str, np.ndarray]
 
@@ -84,28 +83,26 @@ class TextData:
         check_vocabulary(self.tokenizer, vocab_size)
         self.source = f"{config.name}: {self._source.description}"
 
-    def train_batches(self, *, batch_size: int, seed: int) -> grain.DatasetIterator[Batch]:
-        """Batches without end, each epoch in an order of its own, read ahead in the background.
-
-        The iterator's ``get_state()`` is a dict of JSON values, the position after the batch it
-        returned last; ``set_state`` takes it up exactly, in another process too.
-        """
+    def train_batches(self, *, batch_size: int, seed: int) -> "Batches":
+        """Gives batches without end, each epoch in an order of its own, read ahead by a thread."""
         rows = self._rows("train", seed=seed).batch(batch_size, drop_remainder=True)
-        batches = iter(
-            grain.experimental.ThreadPrefetchIterDataset(rows, prefetch_buffer_size=_BATCHES_AHEAD)
+        return Batches(
+            iter(grain.experimental.ThreadPrefetchIterDataset(rows, prefetch_buffer_size=4))
         )
-        # A thread that is still tokenising when the interpreter ends aborts the whole process.
-        atexit.register(_close, weakref.ref(batches))
-        return batches
 
-    def eval_batches(self, *, batch_size: int) -> Iterator[Batch]:
-        """The held-out split once, in its own order; the last batch is filled with rows of -1."""
-        for batch in self._rows("validation", seed=None).batch(batch_size, drop_remainder=False):
+    def eval_batches(self, *, batch_size: int) -> "Batches":
+        """Gives the held-out split once, in order; the last batch is filled with rows of -1."""
+
+        def fill(batch: Batch) -> Batch:
             missing = ((0, batch_size - len(batch["tokens"])), (0, 0))
-            yield {
+            return {
                 "tokens": np.pad(batch["tokens"], missing, constant_values=self.tokenizer.pad_id),
                 "targets": np.pad(batch["targets"], missing, constant_values=IGNORED),
             }
+
+        # Without a thread: the device is given a batch and works on it while this reads the next.
+        rows = self._rows("validation", seed=None).batch(batch_size, drop_remainder=False)
+        return Batches(iter(rows.map(fill)))
 
     def _rows(self, split: str, *, seed: int | None) -> grain.IterDataset[Batch]:
         documents = self._source.texts(split, seed=seed).map(self.tokenizer.encode)
@@ -116,9 +113,60 @@ class TextData:
         return documents.map(lambda ids: document_row(ids, length, eos_id=eos_id, pad_id=pad_id))
 
 
-def _close(batches: weakref.ref[grain.DatasetIterator[Batch]]) -> None:
-    if (iterator := batches()) is not None:
-        iterator.close()
+class Batches(Iterator[Batch]):
+    """An iterator of batches, to be closed: ``with data.train_batches(...) as batches:``.
+
+    Its end and an error close it too. Its state is a dict of JSON values, the position after the
+    batch returned last, and is restored exactly, in another process too.
+    """
+
+    # Grain's iterator that reads ahead joins its thread when it is collected as garbage: at any
+    # moment, in any thread, holding whatever locks that thread holds. If the joined thread waits
+    # for one of them (seen: the lock of all ThreadPoolExecutors, held in ``submit``), both wait
+    # for ever. https://github.com/google/grain/pull/1373 proposes a ``__del__`` that never joins.
+    # So that none is ever collected, all that are open are kept here, those forgotten to the end.
+    _open: ClassVar[set[grain.DatasetIterator[Batch]]] = set()
+
+    def __init__(self, batches: grain.DatasetIterator[Batch]):
+        self._batches = batches
+        self._open.add(batches)
+
+    def __next__(self) -> Batch:
+        if self._batches not in self._open:
+            raise StopIteration
+        try:
+            return next(self._batches)
+        except BaseException:
+            self.close()
+            raise
+
+    def get_state(self) -> dict[str, Any]:
+        """Returns the position after the batch returned last."""
+        return self._batches.get_state()
+
+    def set_state(self, state: dict[str, Any]) -> None:
+        """Goes to a position that ``get_state`` gave."""
+        self._batches.set_state(state)
+
+    def close(self) -> None:
+        """Stops the thread and closes the files; there are no more batches then."""
+        self._batches.close()
+        self._open.discard(self._batches)
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        self.close()
+
+    @classmethod
+    def _close_all(cls) -> None:
+        for batches in tuple(cls._open):
+            batches.close()
+
+
+# A thread that is still tokenising when the interpreter ends aborts the whole process.
+atexit.register(Batches._close_all)
 
 
 def document_row(ids: np.ndarray, length: int, *, eos_id: int, pad_id: int) -> Batch:

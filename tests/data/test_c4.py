@@ -3,7 +3,7 @@ import subprocess
 import sys
 
 import pytest
-from small_c4 import TEXTS, write_array_record, write_json, write_tfrecord
+from small_c4 import TEXTS, read_texts, write_array_record, write_json, write_tfrecord
 
 from galore_jax.data import sample
 from galore_jax.data.c4 import find_c4
@@ -11,7 +11,7 @@ from galore_jax.errors import UserError
 
 
 def read_all(data_dir):
-    return list(find_c4(str(data_dir)).texts("train", seed=None))
+    return read_texts(find_c4(str(data_dir)), "train")
 
 
 def test_missing_c4_says_where_it_looked_and_the_way_out(tmp_path):
@@ -94,7 +94,7 @@ def test_a_tfrecord_that_is_not_an_example(tmp_path):
 def test_shards_without_documents_end_the_run_instead_of_searching_for_ever(tmp_path):
     write_json(tmp_path, {"train": [], "validation": TEXTS["validation"]})
     with pytest.raises(UserError, match="no documents"):
-        next(iter(find_c4(str(tmp_path)).texts("train", seed=0)))
+        read_texts(find_c4(str(tmp_path)), "train", seed=0, count=1)
 
 
 _BROKEN_TFDS = """
