@@ -2,14 +2,17 @@
 
 import atexit
 import dataclasses
-from collections.abc import Iterator
-from typing import Any, ClassVar, Self
+import itertools
+import queue
+import threading
+from collections.abc import Callable, Generator, Iterator
+from contextlib import closing, suppress
+from typing import Any, Self
 
-import grain
 import numpy as np
 
 from galore_jax.data.c4 import RandomAccess, Shards, check_tfds, find_c4
-from galore_jax.data.packing import PackedRows
+from galore_jax.data.packing import packed_rows
 from galore_jax.data.sample import prepare_sample
 from galore_jax.data.tokenizer import Tokenizer, check_vocabulary
 from galore_jax.errors import UserError
@@ -17,6 +20,8 @@ from galore_jax.errors import UserError
 IGNORED = -1  # the target where there is nothing to predict
 
 Batch = dict[str, np.ndarray]
+State = dict[str, Any]  # of JSON values
+_Stream = Generator[tuple[Batch, State], None, None]  # each with the state after it
 
 
 @dataclasses.dataclass(frozen=True)
@@ -85,73 +90,77 @@ class TextData:
 
     def train_batches(self, *, batch_size: int, seed: int) -> "Batches":
         """Gives batches without end, each epoch in an order of its own, read ahead by a thread."""
-        rows = self._rows("train", seed=seed).batch(batch_size, drop_remainder=True)
         return Batches(
-            iter(grain.experimental.ThreadPrefetchIterDataset(rows, prefetch_buffer_size=4))
+            lambda state: read_ahead(self._batches("train", batch_size, seed, state), count=4)
         )
 
     def eval_batches(self, *, batch_size: int) -> "Batches":
-        """Gives the held-out split once, in order; the last batch is filled with rows of -1."""
+        """Gives the held-out split once, in order; the last batch is filled with rows of -1.
 
-        def fill(batch: Batch) -> Batch:
-            missing = ((0, batch_size - len(batch["tokens"])), (0, 0))
-            return {
-                "tokens": np.pad(batch["tokens"], missing, constant_values=self.tokenizer.pad_id),
-                "targets": np.pad(batch["targets"], missing, constant_values=IGNORED),
-            }
+        No thread reads ahead: the next batch is read while the device works on the last one.
+        """
+        return Batches(lambda state: self._batches("validation", batch_size, None, state))
 
-        # Without a thread: the device is given a batch and works on it while this reads the next.
-        rows = self._rows("validation", seed=None).batch(batch_size, drop_remainder=False)
-        return Batches(iter(rows.map(fill)))
+    def _batches(self, split: str, size: int, seed: int | None, state: State) -> _Stream:
+        shape = (size, self._config.seq_len)
+        with closing(self._rows(split, seed, **state)) as rows:
+            while taken := list(itertools.islice(rows, size)):
+                batch = {
+                    "tokens": np.full(shape, self.tokenizer.pad_id, np.int32),
+                    "targets": np.full(shape, IGNORED, np.int32),
+                }
+                for key, array in batch.items():
+                    array[: len(taken)] = [row[key] for row, _ in taken]
+                yield batch, taken[-1][1]
 
-    def _rows(self, split: str, *, seed: int | None) -> grain.IterDataset[Batch]:
-        documents = self._source.texts(split, seed=seed).map(self.tokenizer.encode)
+    def _rows(self, split: str, seed: int | None, **state: Any) -> _Stream:
         length, pad_id = self._config.seq_len, self.tokenizer.pad_id
-        if self._config.packing:
-            return PackedRows(documents, length, pad_id=pad_id, ignored=IGNORED)
-        eos_id = self.tokenizer.eos_id
-        return documents.map(lambda ids: document_row(ids, length, eos_id=eos_id, pad_id=pad_id))
+        place = state.pop("place", {})
+        with closing(self._source.texts(split, seed=seed, **place)) as texts:
+            documents = ((self.tokenizer.encode(text), after) for text, after in texts)
+            if self._config.packing:
+                yield from packed_rows(
+                    documents, length, pad_id=pad_id, ignored=IGNORED, place=place, **state
+                )
+            for ids, after in documents:
+                row = document_row(ids, length, eos_id=self.tokenizer.eos_id, pad_id=pad_id)
+                yield row, {"place": after}
 
 
 class Batches(Iterator[Batch]):
     """An iterator of batches, to be closed: ``with data.train_batches(...) as batches:``.
 
-    Its end and an error close it too. Its state is a dict of JSON values, the position after the
-    batch returned last, and is restored exactly, in another process too.
+    Its end and an error close it too.
     """
 
-    # Grain's iterator that reads ahead joins its thread when it is collected as garbage: at any
-    # moment, in any thread, holding whatever locks that thread holds. If the joined thread waits
-    # for one of them (seen: the lock of all ThreadPoolExecutors, held in ``submit``), both wait
-    # for ever. https://github.com/google/grain/pull/1373 proposes a ``__del__`` that never joins.
-    # So that none is ever collected, all that are open are kept here, those forgotten to the end.
-    _open: ClassVar[set[grain.DatasetIterator[Batch]]] = set()
-
-    def __init__(self, batches: grain.DatasetIterator[Batch]):
-        self._batches = batches
-        self._open.add(batches)
+    def __init__(self, read: Callable[[State], _Stream]):
+        self._read = read
+        self._state: State = {}
+        self._batches = read({})
+        _OPEN.add(self._batches)
 
     def __next__(self) -> Batch:
-        if self._batches not in self._open:
-            raise StopIteration
         try:
-            return next(self._batches)
+            batch, self._state = next(self._batches)
         except BaseException:
             self.close()
             raise
+        return batch
 
-    def get_state(self) -> dict[str, Any]:
-        """Returns the position after the batch returned last."""
-        return self._batches.get_state()
+    def get_state(self) -> State:
+        """Returns the position after the batch returned last, a dict of JSON values."""
+        return self._state
 
-    def set_state(self, state: dict[str, Any]) -> None:
-        """Goes to a position that ``get_state`` gave."""
-        self._batches.set_state(state)
+    def set_state(self, state: State) -> None:
+        """Goes exactly to a position that ``get_state`` gave, in another process too."""
+        self.close()
+        self._state, self._batches = state, self._read(state)
+        _OPEN.add(self._batches)
 
     def close(self) -> None:
         """Stops the thread and closes the files; there are no more batches then."""
         self._batches.close()
-        self._open.discard(self._batches)
+        _OPEN.discard(self._batches)
 
     def __enter__(self) -> Self:
         return self
@@ -159,14 +168,53 @@ class Batches(Iterator[Batch]):
     def __exit__(self, *exception: object) -> None:
         self.close()
 
-    @classmethod
-    def _close_all(cls) -> None:
-        for batches in tuple(cls._open):
-            batches.close()
+
+# A stream that reads ahead joins its thread when it is closed. Were it left to the garbage
+# collector, that could happen at any moment, in any thread, with whatever locks that thread holds;
+# where the joined thread waits for one of them, both wait for ever. (Seen with Grain's
+# ThreadPrefetchDatasetIterator, whose ``__del__`` joins: collected in ThreadPoolExecutor.submit,
+# which holds a lock of all executors. https://github.com/google/grain/pull/1373 would mend that.)
+# So every stream is kept here until it is closed, one that is forgotten until the process ends.
+_OPEN: set[_Stream] = set()
 
 
-# A thread that is still tokenising when the interpreter ends aborts the whole process.
-atexit.register(Batches._close_all)
+@atexit.register
+def _close_all() -> None:
+    # A thread that is still tokenising when the interpreter ends aborts the whole process.
+    for stream in tuple(_OPEN):
+        stream.close()
+
+
+def read_ahead(stream: _Stream, *, count: int) -> _Stream:
+    """Yields what ``stream`` does, which a thread reads up to ``count`` ahead, until closed."""
+    buffer: queue.Queue[Any] = queue.Queue(count)
+    stop = threading.Event()
+
+    def read() -> None:
+        end = None
+        try:
+            with closing(stream):
+                for item in stream:
+                    buffer.put(item)
+                    if stop.is_set():
+                        return
+        except BaseException as error:  # raised again where the items are wanted
+            end = error
+        buffer.put(end)
+
+    thread = threading.Thread(target=read, name="read-ahead", daemon=True)
+    thread.start()
+    try:
+        while isinstance(item := buffer.get(), tuple):
+            yield item
+        if item is not None:
+            raise item
+    finally:
+        stop.set()
+        while thread.is_alive():
+            with suppress(queue.Empty):
+                buffer.get_nowait()  # it may be waiting for room
+            thread.join(timeout=0.01)
 
 
 def document_row(ids: np.ndarray, length: int, *, eos_id: int, pad_id: int) -> Batch:

@@ -1,6 +1,6 @@
 """C4 on disk, in the forms people have it: TFDS array_record or TFRecord, or public json.gz shards.
 
-Each opens as a Grain ``IterDataset`` of texts whose position is saved and restored exactly.
+Each yields texts with the place after each, a dict of integers from which it goes on exactly.
 """
 
 import dataclasses
@@ -18,6 +18,7 @@ import tensorflow_datasets as tfds
 from galore_jax.data.shards import (
     BAD_RECORD,
     Shards,
+    Texts,
     example_text,
     one_line,
     read_json_lines,
@@ -173,11 +174,16 @@ class RandomAccess:
         for split in ("validation", "train"):
             yield from self.splits[split].first_texts()
 
-    def texts(self, split: str, *, seed: int | None) -> grain.IterDataset[str]:
-        """Texts in order, once, for a seed of None; else shuffled anew each epoch, without end."""
+    def texts(self, split: str, *, seed: int | None, index: int = 0) -> Texts:
+        """Yields texts in order, once, for a seed of None; else without end, shuffled each epoch.
+
+        Args:
+          split: ``"train"`` or ``"validation"``.
+          seed: decides the order.
+          index: the place to go on from, documents yielded before.
+        """
         documents = grain.MapDataset.source(self.splits[split])
         if seed is not None:
             documents = documents.seed(seed).shuffle().repeat()
-        # Documents are read in the thread that asks for them: Grain's own threads would be one
-        # more thing to close, and reading is fast beside tokenising.
-        return documents.to_iter_dataset(grain.ReadOptions(num_threads=0, prefetch_buffer_size=0))
+        for i in range(index, len(documents)):
+            yield documents[i], {"index": i + 1}

@@ -28,8 +28,8 @@ TEXTS = {"train": make_texts(70, 1), "validation": make_texts(23, 2)}
 
 def read_texts(source, split: str, *, seed: int | None = None, count: int | None = None):
     """The first ``count`` texts, or all."""
-    with contextlib.closing(iter(source.texts(split, seed=seed))) as texts:
-        return list(itertools.islice(texts, count))
+    with contextlib.closing(source.texts(split, seed=seed)) as texts:
+        return [text for text, _ in itertools.islice(texts, count)]
 
 
 def write_json(root: Path, texts: dict[str, list[str]] = TEXTS, shards: int = 3) -> Path:

@@ -73,9 +73,7 @@ def test_seed_decides_the_order(c4, tokenizer_path):
 
 def test_an_epoch_has_each_document_once_in_an_order_of_its_own(c4, tokenizer_path):
     data = open_data(c4, tokenizer_path, packing=False, seq_len=64)
-    rows = [
-        tuple(row) for batch in take_first(data, 20, batch_size=7, seed=3) for row in batch
-    ]
+    rows = [tuple(row) for batch in take_first(data, 20, batch_size=7, seed=3) for row in batch]
     expected = sorted(
         tuple(document_row(data.tokenizer.encode(text), 64, eos_id=1, pad_id=0)["tokens"])
         for text in TEXTS["train"]

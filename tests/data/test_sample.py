@@ -19,9 +19,7 @@ from galore_jax.errors import UserError
 def paragraphs(sample_paths):
     source = find_c4(str(sample_paths[0]))
     return {
-        split: [
-            paragraph for text in read_texts(source, split) for paragraph in text.split("\n")
-        ]
+        split: [paragraph for text in read_texts(source, split) for paragraph in text.split("\n")]
         for split in ("train", "validation")
     }
 
