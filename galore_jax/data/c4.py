@@ -3,8 +3,9 @@
 Each yields texts with the place after each, a dict of integers from which it goes on exactly.
 """
 
-import dataclasses
+import bisect
 import functools
+import itertools
 import re
 import time
 from collections.abc import Iterator
@@ -12,7 +13,6 @@ from pathlib import Path
 from typing import Any
 
 import grain
-import numpy as np
 import tensorflow_datasets as tfds
 
 from galore_jax.data.shards import (
@@ -26,6 +26,7 @@ from galore_jax.data.shards import (
 )
 from galore_jax.errors import UserError
 
+_SPLITS = ("train", "validation")
 _SECONDS_TO_LOOK = 3.0  # at shards before training: the first batches meet the rest
 _HOW_TO = (
     "prepare it with tfds.builder('c4/en', data_dir=DIR, file_format='array_record')"
@@ -56,8 +57,8 @@ def find_c4(data_dir: str | None) -> "RandomAccess | Shards":
         ``c4-train.*.json.gz`` and ``c4-validation.*.json.gz`` shards.
 
     Raises:
-      UserError: no C4 there: where it was looked for, and what prepares it. Or a shard that is
-        missing, damaged or not a file: which one.
+      UserError: no C4 there: where it was looked for, and what prepares it; or a shard that is
+        missing, damaged or no file: which one.
     """
     if data_dir is None:
         raise UserError(f"config.data.data_dir is not set and C4 must be on disk; {_HOW_TO}")
@@ -78,9 +79,7 @@ def _find(root: Path) -> "RandomAccess | Shards":
     if prepared:
         return _open_tfds(prepared[-1])
     for folder in (root, root / "en"):
-        shards = {
-            split: sorted(folder.glob(f"c4-{split}.*.json.gz")) for split in ("train", "validation")
-        }
+        shards = {split: sorted(folder.glob(f"c4-{split}.*.json.gz")) for split in _SPLITS}
         if any(shards.values()):
             _check_splits({split: len(paths) for split, paths in shards.items()}, folder)
             return Shards(read_json_lines, shards, f"{len(shards['train'])} json.gz shards")
@@ -91,20 +90,16 @@ def _find(root: Path) -> "RandomAccess | Shards":
 
 
 def _open_tfds(folder: Path) -> "RandomAccess | Shards":
-    builder = tfds.builder_from_directory(folder)
+    builder: Any = tfds.builder_from_directory(folder)
     info = builder.info
     _check_splits({name: split.num_examples for name, split in info.splits.items()}, folder)
+    paths = {split: [Path(path) for path in info.splits[split].filepaths] for split in _SPLITS}
+    for path in itertools.chain(*paths.values()):
+        if not path.is_file():
+            raise UserError(f"C4 in {folder} is incomplete: {path.name} is missing or not a file")
     documents = info.splits["train"].num_examples
-    paths = {
-        split: [Path(path) for path in info.splits[split].filepaths]
-        for split in ("train", "validation")
-    }
-    missing = [path for split in paths.values() for path in split if not path.exists()]
-    if missing:
-        raise UserError(f"C4 in {folder} is incomplete: {missing[0].name} is missing")
     if info.file_format == tfds.core.FileFormat.ARRAY_RECORD:
-        splits = {split: _ArrayRecords(builder, split) for split in paths}
-        return RandomAccess(splits, f"array_record, {documents} documents")
+        return RandomAccess(builder, f"array_record, {documents} documents")
     if info.file_format == tfds.core.FileFormat.TFRECORD:
         read = functools.partial(read_tfrecords, features=info.features)
         return Shards(read, paths, f"tfrecord, {documents} documents")
@@ -115,75 +110,54 @@ def _open_tfds(folder: Path) -> "RandomAccess | Shards":
 
 
 def _check_splits(documents: dict[str, int], folder: Path) -> None:
-    for split in ("train", "validation"):
+    for split in _SPLITS:
         if not documents.get(split):
             raise UserError(f"C4 in {folder} has no {split} split; {_HOW_TO}")
 
 
-class _ArrayRecords:
-    """The texts of a split in array_record files, for Grain: any of them by its index."""
-
-    def __init__(self, builder: Any, split: str):
-        info = builder.info.splits[split]
-        self._paths = info.filepaths
-        self._ends = np.cumsum(info.shard_lengths)
-        self._source = builder.as_data_source(split=split)
-
-    def __len__(self) -> int:
-        return len(self._source)
-
-    def __getitem__(self, index: int) -> str:
-        try:
-            return example_text(self._source[index])
-        except (RuntimeError, *BAD_RECORD) as error:  # RuntimeError: array_record's own
-            shard = int(np.searchsorted(self._ends, index, side="right"))
-            record = index - (self._ends[shard - 1] if shard else 0) + 1
-            raise UserError(
-                f"{self._paths[shard]} is damaged at record {record} ({one_line(error)}); "
-                "copy or prepare it again"
-            ) from error
-
-    def first_texts(self) -> Iterator[str]:
-        """Reads the first and the last text of each shard: a shard cut short has no last one."""
-        begin = 0
-        for end in self._ends.tolist():
-            if end > begin:
-                yield self[begin]
-                yield self[end - 1]
-            begin = end
-
-
-@dataclasses.dataclass(frozen=True)
 class RandomAccess:
     """C4 as array_record: any document at once, so that a whole epoch is shuffled.
 
     Attributes:
-      splits: the texts of each split, by index.
       description: the form and size, in a few words.
     """
 
-    splits: dict[str, _ArrayRecords]
-    description: str
+    def __init__(self, builder: Any, description: str):
+        """Opens what a TFDS builder has prepared."""
+        self.description = description
+        self._info = builder.info.splits
+        self._examples = {split: builder.as_data_source(split=split) for split in _SPLITS}
 
     def first_texts(self) -> Iterator[str]:
-        """Reads the first and last text of every shard.
-
-        Raises:
-          UserError: a shard cannot be read; which one.
-        """
-        for split in ("validation", "train"):
-            yield from self.splits[split].first_texts()
+        """Reads the first and the last text of every shard: one cut short has no last text."""
+        for split in _SPLITS:
+            for begin, end in itertools.pairwise(self._bounds(split)):
+                if begin < end:
+                    yield self._text(split, begin)
+                    yield self._text(split, end - 1)
 
     def texts(self, split: str, *, seed: int | None, index: int = 0) -> Texts:
         """Yields texts in order, once, for a seed of None; else without end, shuffled each epoch.
 
-        Args:
-          split: ``"train"`` or ``"validation"``.
-          seed: decides the order.
-          index: the place to go on from, documents yielded before.
+        ``index`` is the place to go on from, the number of texts yielded before.
         """
-        documents = grain.MapDataset.source(self.splits[split])
+        order = grain.MapDataset.range(len(self._examples[split]))
         if seed is not None:
-            documents = documents.seed(seed).shuffle().repeat()
-        for i in range(index, len(documents)):
-            yield documents[i], {"index": i + 1}
+            order = order.seed(seed).shuffle().repeat()
+        for i in range(index, len(order)):
+            yield self._text(split, order[i]), {"index": i + 1}
+
+    def _text(self, split: str, index: int) -> str:
+        try:
+            return example_text(self._examples[split][index])
+        except (RuntimeError, *BAD_RECORD) as error:  # RuntimeError: array_record's own
+            shard = bisect.bisect(self._bounds(split), index) - 1
+            raise UserError(
+                f"{self._info[split].filepaths[shard]} is damaged at record "
+                f"{index - self._bounds(split)[shard] + 1} ({one_line(error)}); "
+                "copy or prepare it again"
+            ) from error
+
+    def _bounds(self, split: str) -> list[int]:
+        """Returns the index of the first text of each shard, and of the end."""
+        return list(itertools.accumulate(self._info[split].shard_lengths, initial=0))

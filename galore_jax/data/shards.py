@@ -40,12 +40,8 @@ class Shards:
     description: str
 
     def first_texts(self) -> Iterator[str | None]:
-        """Reads the first text of every shard, None where a shard has none.
-
-        Raises:
-          UserError: a shard cannot be read; which one.
-        """
-        for path in (*self.paths["validation"], *self.paths["train"]):
+        """Reads the first text of every shard; one that cannot be read is a UserError."""
+        for path in itertools.chain(*self.paths.values()):
             with closing(self.read(path, 0)) as records:
                 yield next(records, (None, 0))[0]
 
@@ -64,14 +60,8 @@ class Shards:
         The order of the files is shuffled, and then the documents within windows of 4,096. An
         epoch's last window ends with the epoch, so that each epoch holds each document once.
 
-        Args:
-          split: ``"train"`` or ``"validation"``.
-          seed: decides the order.
-          epoch: with the next three the place to go on from: where a window begins (in this epoch,
-            in the file of this rank in its order, at this position of the file),
-          shard: as said,
-          position: as said,
-          returned: and how many of the window's documents were yielded before.
+        The place to go on from is where a window begins (``epoch``, the ``shard`` in its order,
+        the ``position`` in that file) and how many of its texts were ``returned`` before.
         """
         size = 1 if seed is None else _WINDOW
         while True:
