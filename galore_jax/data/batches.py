@@ -5,19 +5,17 @@ import dataclasses
 import itertools
 import queue
 import threading
-from collections.abc import Callable, Generator, Iterator
-from contextlib import closing, suppress
-from typing import Any, Self
+from collections.abc import Callable, Generator, Iterator, Sequence
+from contextlib import AbstractContextManager, closing, suppress
+from typing import Any
 
 import numpy as np
 
-from galore_jax.data.c4 import RandomAccess, Shards, check_tfds, find_c4
-from galore_jax.data.packing import packed_rows
+from galore_jax.data.c4 import check_tfds, find_c4
+from galore_jax.data.packing import IGNORED, document_row, packed_rows
 from galore_jax.data.sample import prepare_sample
 from galore_jax.data.tokenizer import Tokenizer, check_vocabulary
 from galore_jax.errors import UserError
-
-IGNORED = -1  # the target where there is nothing to predict
 
 Batch = dict[str, np.ndarray]
 State = dict[str, Any]  # of JSON values
@@ -68,23 +66,21 @@ class TextData:
         """
         check_tfds()
         self._config = config
-        self._source: RandomAccess | Shards
+        data_dir, tokenizer = config.data_dir, config.tokenizer
         if config.name == "sample":
-            if config.data_dir is not None:
+            if data_dir is not None:
                 raise UserError("config.data.data_dir is for c4; the sample has a cache of its own")
-            data_dir, tokenizer = prepare_sample()
-            self._source = find_c4(str(data_dir))
-            self.tokenizer = Tokenizer(config.tokenizer or tokenizer)
-        elif config.name == "c4":
-            self._source = find_c4(config.data_dir)
-            if config.tokenizer is None:
-                raise UserError(
-                    "config.data.tokenizer is not set; give a SentencePiece model, for the "
-                    "paper's runs the spiece.model of t5-base"
-                )
-            self.tokenizer = Tokenizer(config.tokenizer)
-        else:
+            data_dir, own_tokenizer = prepare_sample()
+            tokenizer = tokenizer or own_tokenizer
+        elif config.name != "c4":
             raise UserError(f"config.data.name={config.name!r} must be c4 or sample")
+        self._source = find_c4(data_dir)
+        if tokenizer is None:
+            raise UserError(
+                "config.data.tokenizer is not set; give a SentencePiece model, for the paper's "
+                "runs the spiece.model of t5-base"
+            )
+        self.tokenizer = Tokenizer(tokenizer)
         check_vocabulary(self.tokenizer, vocab_size)
         self.source = f"{config.name}: {self._source.description}"
 
@@ -113,21 +109,21 @@ class TextData:
                     array[: len(taken)] = [row[key] for row, _ in taken]
                 yield batch, taken[-1][1]
 
-    def _rows(self, split: str, seed: int | None, **state: Any) -> _Stream:
+    def _rows(
+        self, split: str, seed: int | None, *, place: Sequence[int] = (), offset: int = 0
+    ) -> _Stream:
         length, pad_id = self._config.seq_len, self.tokenizer.pad_id
-        place = state.pop("place", {})
-        with closing(self._source.texts(split, seed=seed, **place)) as texts:
+        with closing(self._source.texts(split, seed=seed, place=place)) as texts:
             documents = ((self.tokenizer.encode(text), after) for text, after in texts)
             if self._config.packing:
-                yield from packed_rows(
-                    documents, length, pad_id=pad_id, ignored=IGNORED, place=place, **state
-                )
+                yield from packed_rows(documents, length, pad_id=pad_id, place=place, offset=offset)
+                return
             for ids, after in documents:
                 row = document_row(ids, length, eos_id=self.tokenizer.eos_id, pad_id=pad_id)
                 yield row, {"place": after}
 
 
-class Batches(Iterator[Batch]):
+class Batches(Iterator[Batch], AbstractContextManager["Batches", None]):
     """An iterator of batches, to be closed: ``with data.train_batches(...) as batches:``.
 
     Its end and an error close it too.
@@ -161,9 +157,6 @@ class Batches(Iterator[Batch]):
         """Stops the thread and closes the files; there are no more batches then."""
         self._batches.close()
         _OPEN.discard(self._batches)
-
-    def __enter__(self) -> Self:
-        return self
 
     def __exit__(self, *exception: object) -> None:
         self.close()
@@ -215,20 +208,3 @@ def read_ahead(stream: _Stream, *, count: int) -> _Stream:
             with suppress(queue.Empty):
                 buffer.get_nowait()  # it may be waiting for room
             thread.join(timeout=0.01)
-
-
-def document_row(ids: np.ndarray, length: int, *, eos_id: int, pad_id: int) -> Batch:
-    """One document as a row: cut so that it still ends with the end token, or padded.
-
-    >>> row = document_row(np.array([7, 8, 1]), 5, eos_id=1, pad_id=0)
-    >>> row["tokens"].tolist(), row["targets"].tolist()
-    ([7, 8, 1, 0, 0], [8, 1, -1, -1, -1])
-    >>> document_row(np.array([7, 8, 9, 1]), 3, eos_id=1, pad_id=0)["tokens"].tolist()
-    [7, 8, 1]
-    """
-    ids = ids if len(ids) <= length else np.append(ids[: length - 1], eos_id)
-    tokens = np.full(length, pad_id, np.int32)
-    targets = np.full(length, IGNORED, np.int32)
-    tokens[: len(ids)] = ids
-    targets[: len(ids) - 1] = ids[1:]
-    return {"tokens": tokens, "targets": targets}

@@ -1,6 +1,6 @@
 """C4 on disk, in the forms people have it: TFDS array_record or TFRecord, or public json.gz shards.
 
-Each yields texts with the place after each, a dict of integers from which it goes on exactly.
+Each yields texts with the place after each, integers from which it goes on exactly.
 """
 
 import bisect
@@ -8,7 +8,7 @@ import functools
 import itertools
 import re
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -37,11 +37,7 @@ _HOW_TO = (
 
 
 def check_tfds() -> None:
-    """Checks that tensorflow_datasets can be used: some of its failures to import are silent.
-
-    Raises:
-      UserError: it cannot; what to install.
-    """
+    """Raises a UserError where tensorflow_datasets failed to import whole, which can be silent."""
     if not hasattr(tfds, "data_source"):
         raise UserError(
             "tensorflow_datasets did not import whole, as with protobuf 5 beside a newer "
@@ -49,7 +45,7 @@ def check_tfds() -> None:
         )
 
 
-def find_c4(data_dir: str | None) -> "RandomAccess | Shards":
+def find_c4(data_dir: str | Path | None) -> "RandomAccess | Shards":
     """Finds C4 in a folder, and looks at the first record of its shards, for 3 seconds at most.
 
     Args:
@@ -136,16 +132,16 @@ class RandomAccess:
                     yield self._text(split, begin)
                     yield self._text(split, end - 1)
 
-    def texts(self, split: str, *, seed: int | None, index: int = 0) -> Texts:
+    def texts(self, split: str, *, seed: int | None, place: Sequence[int] = ()) -> Texts:
         """Yields texts in order, once, for a seed of None; else without end, shuffled each epoch.
 
-        ``index`` is the place to go on from, the number of texts yielded before.
+        ``place`` is where to go on: the number of texts yielded before.
         """
-        order = grain.MapDataset.range(len(self._examples[split]))
+        order: Any = grain.MapDataset.range(len(self._examples[split]))
         if seed is not None:
             order = order.seed(seed).shuffle().repeat()
-        for i in range(index, len(order)):
-            yield self._text(split, order[i]), {"index": i + 1}
+        for i in range(*(place or (0,)), len(order)):
+            yield self._text(split, order[i]), (i + 1,)
 
     def _text(self, split: str, index: int) -> str:
         try:

@@ -6,7 +6,7 @@ import itertools
 import json
 import os
 import zlib
-from collections.abc import Callable, Generator, Iterator
+from collections.abc import Callable, Generator, Iterator, Sequence
 from contextlib import closing
 from pathlib import Path
 from typing import Any
@@ -20,7 +20,7 @@ from galore_jax.errors import UserError
 BAD_RECORD = (ValueError, KeyError, TypeError, OverflowError, MemoryError, DecodeError)
 _WINDOW = 4_096  # documents shuffled together
 
-Texts = Generator[tuple[str, dict[str, int]], None, None]  # each with the place after it
+Texts = Generator[tuple[str, Sequence[int]], None, None]  # each with the place after it
 _Records = Generator[tuple[str, int], None, None]  # each with the position after it in its file
 
 
@@ -45,24 +45,19 @@ class Shards:
             with closing(self.read(path, 0)) as records:
                 yield next(records, (None, 0))[0]
 
-    def texts(
-        self,
-        split: str,
-        *,
-        seed: int | None,
-        epoch: int = 0,
-        shard: int = 0,
-        position: int = 0,
-        returned: int = 0,
-    ) -> Texts:
+    def texts(self, split: str, *, seed: int | None, place: Sequence[int] = ()) -> Texts:
         """Yields texts in order, once, for a seed of None; else without end, shuffled each epoch.
 
         The order of the files is shuffled, and then the documents within windows of 4,096. An
         epoch's last window ends with the epoch, so that each epoch holds each document once.
 
-        The place to go on from is where a window begins (``epoch``, the ``shard`` in its order,
-        the ``position`` in that file) and how many of its texts were ``returned`` before.
+        Args:
+          split: ``"train"`` or ``"validation"``.
+          seed: decides the order.
+          place: where to go on: the epoch, the shard in its order and the position in that file
+            where a window begins, and how many of the window's texts were yielded before.
         """
+        epoch, shard, position, yielded = place or (0, 0, 0, 0)
         size = 1 if seed is None else _WINDOW
         while True:
             with closing(self._rest_of_epoch(split, seed, epoch, shard, position)) as documents:
@@ -70,11 +65,9 @@ class Shards:
                     _, end = window[-1]
                     if seed is not None:
                         np.random.default_rng([seed, epoch, shard, position]).shuffle(window)
-                    place = {"epoch": epoch, "shard": shard, "position": position}
-                    for text, _ in window[returned:]:
-                        returned += 1
-                        yield text, {**place, "returned": returned}
-                    (shard, position), returned = end, 0
+                    for i in range(yielded, len(window)):
+                        yield window[i][0], (epoch, shard, position, i + 1)
+                    (shard, position), yielded = end, 0
             if seed is None:
                 return
             if shard == position == 0:

@@ -8,7 +8,8 @@ import pytest
 from small_c4 import TEXTS, make_texts, read_texts, write_json
 
 from galore_jax.data import shards
-from galore_jax.data.batches import DataConfig, TextData, document_row
+from galore_jax.data.batches import DataConfig, TextData
+from galore_jax.data.packing import document_row
 from galore_jax.errors import UserError
 
 
