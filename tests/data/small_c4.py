@@ -26,9 +26,9 @@ def make_texts(count: int, seed: int) -> list[str]:
 TEXTS = {"train": make_texts(70, 1), "validation": make_texts(23, 2)}
 
 
-def read_texts(source, split: str, *, seed: int | None = None, count: int | None = None):
-    """The first ``count`` texts, or all."""
-    with contextlib.closing(source.texts(split, seed=seed)) as texts:
+def read_texts(source, split: str, *, seed=None, place=(), count=None):
+    """The next ``count`` texts, or all."""
+    with contextlib.closing(source.texts(split, seed=seed, place=place)) as texts:
         return [text for text, _ in itertools.islice(texts, count)]
 
 
