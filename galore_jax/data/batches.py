@@ -5,9 +5,9 @@ import dataclasses
 import itertools
 import queue
 import threading
-from collections.abc import Callable, Generator, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterator
 from contextlib import AbstractContextManager, closing, suppress
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 
@@ -86,8 +86,9 @@ class TextData:
 
     def train_batches(self, *, batch_size: int, seed: int) -> "Batches":
         """Gives batches without end, each epoch in an order of its own, read ahead by a thread."""
+        seed %= 2**32  # as Grain's shuffle wants it
         return Batches(
-            lambda state: read_ahead(self._batches("train", batch_size, seed, state), count=4)
+            lambda state: _read_ahead(self._batches("train", batch_size, seed, state), count=4)
         )
 
     def eval_batches(self, *, batch_size: int) -> "Batches":
@@ -98,29 +99,23 @@ class TextData:
         return Batches(lambda state: self._batches("validation", batch_size, None, state))
 
     def _batches(self, split: str, size: int, seed: int | None, state: State) -> _Stream:
-        shape = (size, self._config.seq_len)
-        with closing(self._rows(split, seed, **state)) as rows:
-            while taken := list(itertools.islice(rows, size)):
-                batch = {
-                    "tokens": np.full(shape, self.tokenizer.pad_id, np.int32),
-                    "targets": np.full(shape, IGNORED, np.int32),
-                }
-                for key, array in batch.items():
-                    array[: len(taken)] = [row[key] for row, _ in taken]
-                yield batch, taken[-1][1]
-
-    def _rows(
-        self, split: str, seed: int | None, *, place: Sequence[int] = (), offset: int = 0
-    ) -> _Stream:
-        length, pad_id = self._config.seq_len, self.tokenizer.pad_id
-        with closing(self._source.texts(split, seed=seed, place=place)) as texts:
-            documents = ((self.tokenizer.encode(text), after) for text, after in texts)
+        length, encode = self._config.seq_len, self.tokenizer.encode
+        eos_id, pad_id = self.tokenizer.eos_id, self.tokenizer.pad_id
+        with closing(self._source.texts(split, seed=seed, place=state.get("place", ()))) as texts:
+            documents = ((encode(text), after) for text, after in texts)
             if self._config.packing:
-                yield from packed_rows(documents, length, pad_id=pad_id, place=place, offset=offset)
-                return
-            for ids, after in documents:
-                row = document_row(ids, length, eos_id=self.tokenizer.eos_id, pad_id=pad_id)
-                yield row, {"place": after}
+                rows = packed_rows(documents, length, pad_id=pad_id, **state)
+            else:
+                rows = (
+                    (document_row(ids, length, eos_id=eos_id, pad_id=pad_id), {"place": after})
+                    for ids, after in documents
+                )
+            while taken := list(itertools.islice(rows, size)):
+                tokens = np.full((size, length), pad_id, np.int32)
+                targets = np.full((size, length), IGNORED, np.int32)
+                for i, (row, _) in enumerate(taken):
+                    tokens[i], targets[i] = row["tokens"], row["targets"]
+                yield {"tokens": tokens, "targets": targets}, taken[-1][1]
 
 
 class Batches(Iterator[Batch], AbstractContextManager["Batches", None]):
@@ -129,11 +124,18 @@ class Batches(Iterator[Batch], AbstractContextManager["Batches", None]):
     Its end and an error close it too.
     """
 
+    # A stream that reads ahead joins its thread when it is closed. Were it left to the garbage
+    # collector, that could be at any moment, in any thread, whatever locks this thread holds; if
+    # the joined thread waits for one of them, neither ends. Seen with Grain's prefetching iterator,
+    # whose __del__ joins, collected in ThreadPoolExecutor.submit, which holds a lock of all
+    # executors; https://github.com/google/grain/pull/1373 would mend its part.
+    # So each is kept here until it is closed, and one that is forgotten until the process ends.
+    _open: ClassVar[set[_Stream]] = set()
+
     def __init__(self, read: Callable[[State], _Stream]):
         self._read = read
-        self._state: State = {}
         self._batches = read({})
-        _OPEN.add(self._batches)
+        self.set_state({})
 
     def __next__(self) -> Batch:
         try:
@@ -151,34 +153,25 @@ class Batches(Iterator[Batch], AbstractContextManager["Batches", None]):
         """Goes exactly to a position that ``get_state`` gave, in another process too."""
         self.close()
         self._state, self._batches = state, self._read(state)
-        _OPEN.add(self._batches)
+        self._open.add(self._batches)
 
     def close(self) -> None:
         """Stops the thread and closes the files; there are no more batches then."""
         self._batches.close()
-        _OPEN.discard(self._batches)
+        self._open.discard(self._batches)
 
     def __exit__(self, *exception: object) -> None:
         self.close()
 
 
-# A stream that reads ahead joins its thread when it is closed. Were it left to the garbage
-# collector, that could happen at any moment, in any thread, with whatever locks that thread holds;
-# where the joined thread waits for one of them, both wait for ever. (Seen with Grain's
-# ThreadPrefetchDatasetIterator, whose ``__del__`` joins: collected in ThreadPoolExecutor.submit,
-# which holds a lock of all executors. https://github.com/google/grain/pull/1373 would mend that.)
-# So every stream is kept here until it is closed, one that is forgotten until the process ends.
-_OPEN: set[_Stream] = set()
-
-
 @atexit.register
 def _close_all() -> None:
     # A thread that is still tokenising when the interpreter ends aborts the whole process.
-    for stream in tuple(_OPEN):
+    for stream in tuple(Batches._open):
         stream.close()
 
 
-def read_ahead(stream: _Stream, *, count: int) -> _Stream:
+def _read_ahead(stream: _Stream, *, count: int) -> _Stream:
     """Yields what ``stream`` does, which a thread reads up to ``count`` ahead, until closed."""
     buffer: queue.Queue[Any] = queue.Queue(count)
     stop = threading.Event()

@@ -89,11 +89,7 @@ class Shards:
 
 
 def read_json_lines(path: Path, position: int) -> _Records:
-    """Reads a json.gz shard from after its first ``position`` lines, which it must read over.
-
-    Raises:
-      UserError: the file is damaged, or a line is not a JSON object with a text; where.
-    """
+    """Reads a json.gz shard after ``position`` lines; UserErrors say where it is damaged."""
     number = 0
     try:
         with gzip.open(path) as file:
@@ -124,10 +120,9 @@ def _json_text(line: bytes, place: str) -> str:
 
 
 def read_tfrecords(path: Path, position: int, *, features: Any) -> _Records:
-    """Reads a TFRecord shard from byte ``position`` on; its checksums are not looked at.
+    """Reads a TFRecord shard from byte ``position`` on; UserErrors say where it is damaged.
 
-    Raises:
-      UserError: the file is damaged, or a record is not one of C4's; after which byte.
+    The checksums are not looked at.
     """
     try:
         with path.open("rb") as file:
@@ -152,11 +147,7 @@ def read_tfrecords(path: Path, position: int, *, features: Any) -> _Records:
 
 
 def example_text(example: dict[str, Any]) -> str:
-    """Returns the text of one of TFDS's examples.
-
-    Raises:
-      TypeError, ValueError: the example has another kind of text.
-    """
+    """Returns the text of one of TFDS's examples, or raises a TypeError or ValueError."""
     text = example["text"]
     if not isinstance(text, bytes):
         raise TypeError(f"text is {type(text).__name__}")
