@@ -248,10 +248,13 @@ class Checkpoints:
             restored.append(jax.random.wrap_key_data(array) if _is_key(leaf) else array)
         return Restored(step, treedef.unflatten(restored), data)
 
+    def _load(self, step: int, names: tuple[str, ...]) -> dict[str, Any]:
+        with self._context:
+            return ocp.load_checkpointables(self.directory / str(step), dict.fromkeys(names))
+
     def _read(self, step: int, *names: str) -> dict[str, Any]:
-        try:
-            with self._context:
-                return ocp.load_checkpointables(self.directory / str(step), dict.fromkeys(names))
+        try:  # in the thread: in the main one uvloop would take over the handling of signals
+            return self._thread.submit(self._load, step, names).result()
         except (KeyError, ValueError, OSError) as error:  # KeyError: Orbax's own, for any cause
             cause = error.__cause__ or error.__context__ or error
             if isinstance(cause, MemoryError):

@@ -21,14 +21,14 @@ from galore_jax.training.plans import abstract_batch
 from galore_jax.training.progress import Progress, format_count, format_duration
 from galore_jax.training.signals import StopRequest
 from galore_jax.training.steps import TrainState
-from galore_jax.training.workdir import claim, config_json
+from galore_jax.training.workdir import check_writable, claim, config_json
 
 
 def train(config: settings.Config, workdir: Path) -> None:
     """Trains as ``config`` says, in ``workdir``; resumes what is there.
 
     Writes ``config.json``, ``versions.json``, ``metrics.jsonl`` and ``checkpoints/`` to the
-    workdir. SIGTERM and SIGINT end the run after the update under way, with a checkpoint.
+    workdir. SIGTERM, SIGINT and SIGHUP end the run after the update under way, with a checkpoint.
 
     Args:
       config: every key of ``configs/base.py``.
@@ -65,6 +65,7 @@ def train(config: settings.Config, workdir: Path) -> None:
                     "another --workdir"
                 )
                 return
+            check_writable(workdir)
             run = _Run(config, data, saved, stop)
             with contextlib.closing(run.batches):
                 run.compile(tx, abstract_state)
