@@ -151,21 +151,21 @@ class Checkpoints:
                 saving.result()
         except (OSError, ValueError) as error:  # ValueError: tensorstore's, for any cause
             self._remove_partial()
-            step, nbytes = self._saving_what
-            if _is_no_space(error):
+            code, (step, nbytes) = _os_error(error), self._saving_what
+            if code is None:
+                raise
+            where = f"the checkpoint of step {step} in {self.directory}"
+            reason = f"cannot write {where}: {os.strerror(code)}"
+            if code in (errno.ENOSPC, errno.EDQUOT):
                 free = shutil.disk_usage(self.directory).free
-                raise UserError(
-                    f"no space left for the checkpoint of step {step} in {self.directory}: it "
-                    f"needs up to {nbytes / 1e6:,.1f} MB and {free / 1e6:,.1f} MB are free; the "
-                    "earlier checkpoints are untouched: free some space and run the same command "
-                    "again"
-                ) from error
-            if isinstance(error, OSError):
-                raise UserError(
-                    f"cannot write the checkpoint of step {step} in {self.directory}: "
-                    f"{error.strerror}; the earlier checkpoints are untouched"
-                ) from error
-            raise
+                reason = (
+                    f"no space left for {where}: it needs up to {nbytes / 1e6:,.1f} MB and "
+                    f"{free / 1e6:,.1f} MB are free"
+                )
+            raise UserError(
+                f"{reason}; the earlier checkpoints are untouched: mend that and run the same "
+                "command again"
+            ) from error
 
     def restore(self, abstract_state: Any) -> Restored | None:
         """Reads the newest intact checkpoint, bit for bit as it was saved.
@@ -299,16 +299,17 @@ def _describe(shape: Any, dtype: Any, crc32: int = 0) -> str:
     return f"{np.dtype(dtype).name}[{','.join(str(n) for n in shape)}]"
 
 
-def _is_no_space(error: BaseException | None) -> bool:
-    """Tells whether a full disk or quota is behind ``error``; tensorstore has it in text alone."""
-    codes = (errno.ENOSPC, errno.EDQUOT)
+def _os_error(error: BaseException | None) -> int | None:
+    """Finds the number of the system's error behind ``error``; tensorstore has it in text alone."""
+    codes = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EACCES, errno.EIO)
     while error is not None:
-        if getattr(error, "errno", None) in codes or any(
-            os.strerror(c) in str(error) for c in codes
-        ):
-            return True
+        if isinstance(error, OSError) and error.errno is not None:
+            return error.errno
+        for code in codes:
+            if os.strerror(code) in str(error):
+                return code
         error = error.__cause__ or error.__context__
-    return False
+    return None
 
 
 def _quiet_orbax() -> None:
