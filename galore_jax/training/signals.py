@@ -6,7 +6,7 @@ import sys
 import threading
 from types import FrameType
 
-_SHOW_CURSOR = "\x1b[?25h"
+_SHOW_CURSOR = b"\x1b[?25h"
 
 
 class StopRequest:
@@ -29,6 +29,7 @@ class StopRequest:
         return self.name is not None
 
     def __enter__(self) -> "StopRequest":
+        self._terminals = [s for s in (sys.stdout, sys.stderr) if s.isatty()]  # once hung up, not
         reader, self._writer = os.pipe()
         os.set_blocking(self._writer, False)
         threading.Thread(target=self._watch, args=(reader,), daemon=True).start()
@@ -48,17 +49,16 @@ class StopRequest:
     def _note(self, number: int, frame: FrameType | None) -> None:
         self.name = signal.Signals(number).name
         if number == signal.SIGHUP:  # the terminal is gone: writing to it would fail
-            for stream in (sys.stdout, sys.stderr):
-                if stream.isatty():
-                    os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
+            for stream in self._terminals:
+                os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
 
     def _watch(self, reader: int) -> None:
         """Reads the number of each signal, which Python writes as soon as it comes."""
         stopping = False
         while number := os.read(reader, 1):
             if number[0] == signal.SIGINT and stopping:
-                if sys.stdout.isatty():
-                    os.write(sys.stdout.fileno(), _SHOW_CURSOR.encode())
+                for stream in self._terminals:
+                    os.write(stream.fileno(), _SHOW_CURSOR)
                 os.write(2, b"interrupted at once; run the same command again to go on\n")
                 os._exit(130)
             if number[0] == signal.SIGINT:
