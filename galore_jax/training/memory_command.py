@@ -45,7 +45,7 @@ def main(argv: list[str]) -> int:
 
 def _run(argv: list[str]) -> int:
     from galore_jax.training import memory_compare, memory_report, settings
-    from galore_jax.training.command import parse
+    from galore_jax.training.cli import parse
     from galore_jax.training.plans import advice
 
     own, rest = _own_flags(argv)

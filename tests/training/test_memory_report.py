@@ -22,7 +22,7 @@ from galore_jax.training import (
     settings,
     steps,
 )
-from galore_jax.training.command import parse
+from galore_jax.training.cli import parse
 from galore_jax.training.optimizers import make_optimizer
 
 CPU = targets.find_target("cpu")

@@ -7,7 +7,7 @@ import pytest
 from tiny import ROOT
 
 from galore_jax.errors import UserError
-from galore_jax.training.command import parse
+from galore_jax.training.cli import parse
 
 
 def parse_flags(*flags):
