@@ -85,6 +85,8 @@ def _alias(config: Config) -> optax.GradientTransformation:
     arguments: dict[str, Any] = dict(_FIXED.get(settings.name, {}))
     if settings.name == "muon":
         arguments["muon_weight_dimension_numbers"] = _muon_matrices(config)
+    if "key" in parameters:  # noisy_sgd
+        arguments["key"] = jax.random.key(config.seed)
     for key in _SETTINGS:
         value, name = settings[key], own_names.get(key, key)
         if name in parameters and value is not None:

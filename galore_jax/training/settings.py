@@ -3,6 +3,7 @@
 import difflib
 import importlib.util
 import math
+import re
 from collections.abc import Iterator
 from typing import Any
 
@@ -52,6 +53,7 @@ _CHOICES = {
     "galore.proj_type": PROJ_TYPES,
     "galore.basis": BASES,
     "galore.projector_bits": (None, 8, 4),
+    "galore.projector_dtype": (None, *_DTYPES),
     "galore.refresh_from": ("batch", "micro_batch"),
     "param_rounding": ROUNDINGS,
     "updates": ("standard", "layerwise"),
@@ -91,6 +93,13 @@ def check_config(config: Config) -> None:
             refuse(
                 key, " or ".join(map(str, choices)) + (f"; did you mean {near[0]}?" if near else "")
             )
+    for pattern in config.galore.target_modules:
+        try:
+            re.compile(pattern)
+        except re.error as error:
+            raise UserError(
+                f"config.galore.target_modules has {pattern!r}, no regular expression: {error}"
+            ) from error
     if config.batch_size % config.micro_batch_size:
         refuse("batch_size", f"a multiple of config.micro_batch_size={config.micro_batch_size}")
     if not 0 <= config.schedule.final_lr_ratio <= 1:

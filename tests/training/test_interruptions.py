@@ -1,19 +1,24 @@
 """Runs in processes of their own, killed, interrupted and cut off from their terminal."""
 
 import contextlib
+import functools
+import glob
 import json
 import os
 import pty
 import random
+import shutil
 import signal
 import subprocess
 import sys
 import time
 
 import pytest
-from tiny import ROOT, tiny_flags
+from tiny import ROOT, tiny_config, tiny_flags
 
-from galore_jax.training.metrics import read_metrics
+from galore_jax.errors import UserError
+from galore_jax.training import loop
+from galore_jax.training.metrics import MetricsLog, read_metrics
 
 STEPS = 40
 
@@ -175,3 +180,103 @@ def test_sighup_saves_unless_it_is_ignored(tmp_path):
     out, errors = process.communicate()
     assert process.returncode == 0, errors
     assert "stopped by SIGHUP after step" in out
+
+
+def test_the_key_of_noisy_sgd_is_saved(tmp_path):
+    config = tiny_config("method=full,optimizer=noisy_sgd", train_steps=8)
+    loop.train(config, tmp_path)
+    whole = record(tmp_path)
+    shutil.rmtree(tmp_path / "checkpoints" / "8")
+    loop.train(config, tmp_path)
+    assert record(tmp_path) == whole
+
+
+@pytest.fixture(scope="module")
+def complete(tmp_path_factory):
+    workdir = tmp_path_factory.mktemp("complete") / "run"
+    loop.train(tiny_config(train_steps=8), workdir)
+    return workdir
+
+
+@pytest.fixture
+def read_only_copy(complete, tmp_path):
+    """A file system with a run, and the function that makes it read-only."""
+    command = ["mount", "-t", "tmpfs", "-o", "size=40m", "tmpfs", str(tmp_path)]
+    if subprocess.run(command, capture_output=True).returncode:
+        pytest.skip("needs the right to mount a file system")
+    shutil.copytree(complete, tmp_path / "run")
+    yield (
+        tmp_path / "run",
+        lambda: subprocess.run(["mount", "-o", "remount,ro", str(tmp_path)], check=True),
+    )
+    subprocess.run(["umount", "-l", str(tmp_path)], check=True)
+
+
+def test_a_complete_run_is_read_from_a_read_only_folder(read_only_copy, capsys):
+    workdir, make_read_only = read_only_copy
+    make_read_only()
+    loop.train(tiny_config(train_steps=8), workdir)
+    assert "this run is complete: step 8 of 8" in capsys.readouterr().out
+
+
+def test_a_read_only_folder_is_refused_before_compiling(read_only_copy, capsys):
+    workdir, make_read_only = read_only_copy
+    shutil.rmtree(workdir / "checkpoints" / "8")
+    make_read_only()
+    with pytest.raises(UserError, match="cannot write to .*: it is read-only"):
+        loop.train(tiny_config(train_steps=8), workdir)
+    assert "compiling" not in capsys.readouterr().out
+
+
+def test_a_folder_in_the_place_of_the_metrics_is_one_line(complete, tmp_path):
+    with pytest.raises(UserError, match=r"cannot write .*metrics\.jsonl: Is a directory"):
+        (tmp_path / "metrics.jsonl").mkdir()
+        MetricsLog(tmp_path, resume_step=4)
+    workdir = tmp_path / "run"
+    shutil.copytree(complete, workdir)
+    shutil.rmtree(workdir / "checkpoints" / "8")
+    (workdir / "metrics.jsonl").unlink()
+    (workdir / "metrics.jsonl").mkdir()
+    with pytest.raises(UserError, match=r"metrics\.jsonl is a folder"):
+        loop.train(tiny_config(train_steps=8), workdir)
+
+
+def test_a_folder_without_a_checkpoint_or_metrics_is_fresh(tmp_path):
+    (tmp_path / "checkpoints" / "4.orbax-checkpoint-tmp").mkdir(parents=True)
+    loop.train(tiny_config(train_steps=3), tmp_path)
+    assert read_metrics(tmp_path)[-1]["step"] == 3
+
+
+PLUGIN = """
+import os
+def initialize():
+    os.write(2, b"Unable to load CUDA\\n")
+"""
+
+
+@pytest.mark.skipif(bool(glob.glob("/dev/nvidia*")), reason="there is a GPU")
+@pytest.mark.parametrize("command", [["train.py", "--help"], ["-m", "galore_jax.memory", "--help"]])
+@pytest.mark.parametrize("platforms", ["", "cpu"])
+def test_cuda_without_a_gpu_is_passed_over_in_silence(tmp_path, command, platforms):
+    """The plugin here stands for the one of the extra ``gpu-target``, which prints 30 lines."""
+    for name in ("jax_plugins/xla_test_cuda", "jax_cuda12_plugin"):
+        (tmp_path / name).mkdir(parents=True)
+        (tmp_path / name / "__init__.py").write_text(PLUGIN)
+    path = os.pathsep.join([str(tmp_path), str(ROOT)])
+    environment = {**os.environ, "PYTHONPATH": path, "JAX_PLATFORMS": platforms}
+    run = functools.partial(
+        subprocess.run, cwd=ROOT, capture_output=True, text=True, env=environment
+    )
+    loud = run([sys.executable, "-c", "import jax; jax.devices()"])
+    assert "Unable to load CUDA" in loud.stderr
+    done = run([sys.executable, *command])
+    assert (done.returncode, done.stderr) == (0, "")
+
+
+def test_importing_the_library_leaves_the_process_alone():
+    code = (
+        "import os, sys; before = dict(os.environ), os.fstat(2), sys.unraisablehook;"
+        "import galore_jax; assert before == (dict(os.environ), os.fstat(2), sys.unraisablehook)"
+    )
+    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
+    subprocess.run([sys.executable, "-c", code], check=True, env=environment)
