@@ -72,7 +72,8 @@ def check_writable(workdir: Path) -> None:
 def _check_same_run(workdir: Path, wanted: Mapping[str, Any]) -> None:
     record = workdir / "config.json"
     if not record.exists():  # killed before its first step, if it is a run at all
-        if (workdir / "metrics.jsonl").exists() or list(workdir.glob("checkpoints/[0-9]*")):
+        checkpoints = [path for path in workdir.glob("checkpoints/*") if path.name.isdecimal()]
+        if checkpoints or (workdir / "metrics.jsonl").exists():
             raise UserError(
                 f"--workdir={workdir} holds a run without its config.json; give another folder"
             )

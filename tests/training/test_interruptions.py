@@ -223,14 +223,14 @@ def test_a_read_only_folder_is_refused_before_compiling(read_only_copy, capsys):
     workdir, make_read_only = read_only_copy
     shutil.rmtree(workdir / "checkpoints" / "8")
     make_read_only()
-    with pytest.raises(UserError, match="cannot write to .*: it is read-only"):
+    with pytest.raises(UserError, match=r"cannot write to .*: it is read-only"):
         loop.train(tiny_config(train_steps=8), workdir)
     assert "compiling" not in capsys.readouterr().out
 
 
 def test_a_folder_in_the_place_of_the_metrics_is_one_line(complete, tmp_path):
+    (tmp_path / "metrics.jsonl").mkdir()
     with pytest.raises(UserError, match=r"cannot write .*metrics\.jsonl: Is a directory"):
-        (tmp_path / "metrics.jsonl").mkdir()
         MetricsLog(tmp_path, resume_step=4)
     workdir = tmp_path / "run"
     shutil.copytree(complete, workdir)
