@@ -4,18 +4,18 @@ import ast
 import dataclasses
 import difflib
 import re
+import runpy
+import sys
 from pathlib import Path
 from typing import Any
 
-from absl import flags
-from ml_collections.config_flags import config_flags
-
 from galore_jax.errors import UserError
+from galore_jax.training.settings import flat_items
 
 
 @dataclasses.dataclass(frozen=True)
 class Arguments:
-    """What the command line says.
+    """A parsed command line.
 
     Attributes:
       config: the ConfigDict of ``--config`` with its overrides.
@@ -40,45 +40,35 @@ def parse(argv: list[str], *, usage: str, configs: Path) -> Arguments | None:
     Raises:
       UserError: unknown flags, config files, keys or values of the wrong type.
     """
-    if {"--help", "-h", "-help", "--helpfull", "--helpshort"} & set(argv[1:]):
-        print(help_text(usage, configs))
-        return None
-    values = flags.FlagValues()
-    try:
-        argv = _found(argv, configs)
-        argv, cleared = _cleared(argv, configs)
-        config_flag = config_flags.DEFINE_config_file(
-            "config", str(configs / "sample.py"), flag_values=values, sys_argv=argv
-        )
-        flags.DEFINE_string("workdir", None, "", flag_values=values)
-        rest = values(argv)
-        config = config_flag.value
-        config.update_from_flattened_dict(dict.fromkeys(cleared))
-        method, optimizer = config.method, config.optimizer.name
-    except (
-        flags.Error,
-        AttributeError,
-        ArithmeticError,
-        ImportError,
-        LookupError,
-        NameError,
-        OSError,
-        SyntaxError,
-        TypeError,
-        ValueError,
-    ) as error:
-        raise UserError(_explain(argv, error, configs)) from error
-    if rest[1:]:
-        raise UserError(
-            f"unknown argument {rest[1]!r}; flags are --config, --config.KEY, --workdir"
-        )
-    name = Path(config_flags.get_config_filename(values["config"])).stem
-    default = Path("runs") / f"{name.split(':')[0]}-{method}-{optimizer}"
-    return Arguments(config, Path(values.workdir).expanduser() if values.workdir else default)
+    file, workdir, overrides = str(configs / "sample.py"), "", {}
+    rest = iter(argv[1:])
+    for argument in rest:
+        name, given, value = argument.removeprefix("-").removeprefix("-").partition("=")
+        if name in ("help", "h", "helpfull", "helpshort"):
+            print(help_text(usage, configs))
+            return None
+        if not argument.startswith("-") or name.split(".")[0] not in ("config", "workdir"):
+            raise UserError(
+                f"unknown argument {argument!r}; flags are --config, --config.KEY, --workdir"
+            )
+        if not given:
+            value = next(rest, "")
+        if name == "config":
+            file = value
+        elif name == "workdir":
+            workdir = value
+        else:
+            overrides[name.removeprefix("config.")] = value
+    config = _load(file, configs)
+    for key, value in overrides.items():
+        _override(config, key, value, configs)
+    stem = Path(file.partition(":")[0]).stem
+    default = Path("runs") / f"{stem}-{config.method}-{config.optimizer.name}"
+    return Arguments(config, Path(workdir).expanduser() if workdir else default)
 
 
 def help_text(usage: str, configs: Path) -> str:
-    """The text of ``--help``: usage, flags, the configs, and every config key with its default."""
+    """Returns the text of ``--help``: usage, flags, the configs, and every key with its default."""
     lines = [usage.strip(), "", "flags:"]
     lines += [
         "  --config=FILE[:method=galore|full,optimizer=NAME]   default: configs/sample.py",
@@ -88,55 +78,20 @@ def help_text(usage: str, configs: Path) -> str:
         "",
         "configs:",
     ]
-    files = sorted(configs.glob("*.py"), key=lambda path: path.stem)
-    for path in files:
-        if path.stem != "base":
-            lines.append(f"  configs/{path.name:<18}{_first_line(path)}")
+    for path in _files(configs):
+        docstring = ast.get_docstring(ast.parse(path.read_text())) or ""
+        lines.append(f"  configs/{path.name:<18}{docstring.partition(chr(10))[0]}")
     lines += ["", "config keys, with the defaults of configs/base.py:"]
-    for key, value in _declared(configs).items():
-        lines.append(f"  --config.{key}={value}")
+    lines += [f"  --config.{key}={value}" for key, value in _declared(configs).items()]
     return "\n".join(lines)
 
 
-def _first_line(path: Path) -> str:
-    return (ast.get_docstring(ast.parse(path.read_text())) or "").partition("\n")[0]
-
-
-def _found(argv: list[str], configs: Path) -> list[str]:
-    """``--config FILE`` as ``--config=FILE``, and ``configs/...`` found from any folder."""
-    found, rest = [], iter(argv)
-    for argument in rest:
-        if argument in ("--config", "-config"):
-            argument = f"--config={next(rest, '')}"
-        name, _, value = argument.partition("=")
-        path = Path(value.partition(":")[0])
-        if name in ("--config", "-config"):
-            if not path.is_file() and (configs.parent / path).is_file():
-                value = str(configs.parent / value)
-            argument = f"--config={value}"
-        found.append(argument)
-    return found
-
-
-def _cleared(argv: list[str], configs: Path) -> tuple[list[str], list[str]]:
-    """The arguments without those that set a key back to None, which absl cannot parse; and these.
-
-    Only keys whose default is None can be.
-    """
-    optional = {key for key, value in _declared(configs).items() if value.split()[0] == "None"}
-    rest, cleared = [], []
-    for argument in argv:
-        key, _, value = argument.lstrip("-").partition("=")
-        key = key.removeprefix("config.")
-        if value == "None" and key in optional and argument.startswith("-"):
-            cleared.append(key)
-        else:
-            rest.append(argument)
-    return rest, cleared
+def _files(configs: Path) -> list[Path]:
+    return sorted(path for path in configs.glob("*.py") if path.stem != "base")
 
 
 def _declared(configs: Path) -> dict[str, str]:
-    """The keys of ``base.py`` with their defaults and comments, as they are written there."""
+    """Reads the keys of ``base.py`` with their defaults and comments, as they are written there."""
     declared = {}
     above: list[str] = []
     for line in map(str.strip, (configs / "base.py").read_text().splitlines()):
@@ -149,32 +104,62 @@ def _declared(configs: Path) -> dict[str, str]:
     return declared
 
 
-def _explain(argv: list[str], error: Exception, configs: Path) -> str:
-    """The one line that a user needs of what absl and ml_collections raise."""
-    declared = _declared(configs)
-    sections = {key.partition(".")[0] for key in declared if "." in key}
-    for argument in argv[1:]:
-        key = argument.lstrip("-").partition("=")[0].removeprefix("config.")
-        if not argument.lstrip("-").startswith("config."):
-            continue
-        if isinstance(error, flags.IllegalFlagValueError) and argument.lstrip("-") in str(error):
-            if key in sections:
-                return f"--config.{key} is a section: set its keys, as in --config.{key}.KEY=VALUE"
-            default = declared[key].partition("  #")[0]
-            return f"{argument} has a value of another type than the default, {default}"
-        if key in {*declared, *sections}:
-            continue
-        near = difflib.get_close_matches(key, declared, n=1) or [
-            known for known in declared if known.rpartition(".")[2] == key.rpartition(".")[2]
-        ]
+def _load(file: str, configs: Path) -> Any:
+    """Makes the config of ``FILE`` or ``FILE:ARGUMENTS``, which is found from any folder."""
+    name, _, arg = file.partition(":")
+    path = next((p for p in (Path(name), configs.parent / name) if p.is_file()), None)
+    if path is None:
+        known = ", ".join(path.name for path in _files(configs))
+        raise UserError(f"--config={file}: there is no such file; configs/ has {known}")
+    sys.path.insert(0, str(configs.parent))  # a config imports configs.base
+    try:
+        return runpy.run_path(str(path))["get_config"](arg)
+    except UserError:
+        raise
+    except Exception as error:  # it is the user's own code
+        reason = " ".join(f"{type(error).__name__}: {error}".split())
+        raise UserError(f"--config={file} is not a config that loads: {reason}") from error
+    finally:
+        sys.path.remove(str(configs.parent))
+
+
+def _override(config: Any, key: str, text: str, configs: Path) -> None:
+    """Sets a key to the value that ``text`` spells, of the type of its default."""
+    values = dict(flat_items(config))
+    if key not in values:
+        if any(known.startswith(f"{key}.") for known in values):
+            raise UserError(
+                f"--config.{key} is a section: set its keys, as in --config.{key}.KEY=VALUE"
+            )
+        near = difflib.get_close_matches(key, values, n=1)
+        near += [known for known in values if known.split(".")[-1] == key.split(".")[-1]]
         hint = f"did you mean --config.{near[0]}?" if near else "--help lists the keys"
-        return f"--config.{key} is no config key; {hint}"
-    for given in (a.removeprefix("--config=") for a in argv if a.startswith("--config=")):
-        path = Path(given.partition(":")[0])
-        there = ", ".join(sorted(f.name for f in configs.glob("*.py") if f.stem != "base"))
-        if not path.is_file():
-            return f"--config={given}: there is no such file; configs/ has {there}"
-        if not isinstance(error, flags.Error):
-            reason = " ".join(f"{type(error).__name__}: {error}".split())
-            return f"--config={given} is not a config that loads: {reason}"
-    return " ".join(str(error).split())
+        raise UserError(f"--config.{key} is no config key; {hint}")
+    section = config
+    for name in key.split(".")[:-1]:
+        section = section[name]
+    wanted, default = section.get_type(key.split(".")[-1]), _declared(configs).get(key, "")
+    try:
+        if text == "None" and default.startswith("None"):
+            value = None
+        elif wanted is str:
+            value = text
+        else:
+            value = ast.literal_eval(text.capitalize() if wanted is bool else text)
+            if (
+                wanted in (float, bool)
+                and value in (0, 1)
+                or type(value) is int
+                and wanted is float
+            ):
+                value = wanted(value)
+            elif wanted is tuple:
+                value = tuple(value) if isinstance(value, list | tuple) else (value,)
+        if value is not None and type(value) is not wanted:
+            raise ValueError
+    except (ValueError, SyntaxError, TypeError) as error:
+        raise UserError(
+            f"--config.{key}={text} has a value of another type than the default, "
+            f"{default.partition('  #')[0]}"
+        ) from error
+    config.update_from_flattened_dict({key: value})
