@@ -203,7 +203,7 @@ class Checkpoints:
         while self._damaged:
             self._remove(self._damaged.pop())
         with self._context:
-            ocp.save_checkpointables(self.directory / str(step), checkpointables)
+            ocp.save_checkpointables(f"{self.directory}/{step}", checkpointables)
         for old in self._steps()[: -self._keep]:
             self._remove(old)
 
@@ -250,7 +250,7 @@ class Checkpoints:
 
     def _load(self, step: int, names: tuple[str, ...]) -> dict[str, Any]:
         with self._context:
-            return ocp.load_checkpointables(self.directory / str(step), dict.fromkeys(names))
+            return ocp.load_checkpointables(f"{self.directory}/{step}", dict.fromkeys(names))
 
     def _read(self, step: int, *names: str) -> dict[str, Any]:
         try:  # in the thread: in the main one uvloop would take over the handling of signals

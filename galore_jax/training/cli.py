@@ -146,12 +146,8 @@ def _override(config: Any, key: str, text: str, configs: Path) -> None:
             value = text
         else:
             value = ast.literal_eval(text.capitalize() if wanted is bool else text)
-            if (
-                wanted in (float, bool)
-                and value in (0, 1)
-                or type(value) is int
-                and wanted is float
-            ):
+            whole = type(value) is int
+            if whole and (wanted is float or (wanted is bool and value in (0, 1))):
                 value = wanted(value)
             elif wanted is tuple:
                 value = tuple(value) if isinstance(value, list | tuple) else (value,)
