@@ -1,4 +1,4 @@
-"""Times a change of basis at the paper's shapes, and measures what each basis captures.
+"""Times a refresh at the paper's shapes, and measures what each projector captures.
 
   OPENBLAS_NUM_THREADS=1 python benchmarks/refresh.py --out=docs/refresh.md
 
@@ -31,12 +31,12 @@ from ml_collections import ConfigDict
 from sample_runs import train
 
 from galore_jax import galore
-from galore_jax.bases import Basis, find_basis
 from galore_jax.data.batches import DataConfig, TextData
 from galore_jax.diagnostics import captured_energy, overlap, stable_rank
 from galore_jax.models import llama
 from galore_jax.models.presets import PRESETS
 from galore_jax.projection import empty_projector, projected_side
+from galore_jax.projectors import ProjectorMethod, find_projector
 from galore_jax.training import settings
 from galore_jax.training.checkpoints import Checkpoints
 from galore_jax.training.optimizers import make_optimizer
@@ -52,15 +52,15 @@ OPTAX = "optax.contrib.galore"
 
 
 class Method(NamedTuple):
-    """A basis with its number of rounds."""
+    """A way to compute a projector, with its number of rounds."""
 
-    basis: Basis
+    projector: ProjectorMethod
     rounds: int = 1
 
     @property
     def name(self) -> str:
         """For the tables."""
-        return self.basis if self.rounds == 1 else f"{self.basis} x{self.rounds}"
+        return self.projector if self.rounds == 1 else f"{self.projector} x{self.rounds}"
 
 
 METHODS = (
@@ -71,11 +71,11 @@ METHODS = (
     Method("randomized"),
     Method("random"),
 )
-ITERATED = [method for method in METHODS if method.basis == "subspace_iteration"]
+ITERATED = [method for method in METHODS if method.projector == "subspace_iteration"]
 
 
 class Case(NamedTuple):
-    """A gradient, and the basis that an earlier one left: a row of the tables."""
+    """A gradient, and the projector that an earlier one left: a row of the tables."""
 
     label: str
     gradient: jax.Array
@@ -83,15 +83,15 @@ class Case(NamedTuple):
 
 
 class Row(NamedTuple):
-    """What was measured of a case.
+    """The measurements of a case.
 
     Attributes:
-      case: which.
+      case: the gradient that was measured.
       seconds: by name of the method.
-      share: the gradient's energy that SVD's basis captures.
+      share: the part of the gradient's energy that SVD's projector captures.
       energy: what each method captures from a cold start, relative to ``share``.
-      warm: the same from the old basis.
-      overlap: of SVD's basis and the old one.
+      warm: the same from the old projector.
+      overlap: the overlap of SVD's projector and the old one.
     """
 
     case: Case
@@ -105,7 +105,7 @@ class Row(NamedTuple):
 def interleaved(
     calls: dict[str, Callable[[], Any]], repeats: int, of_slow: int
 ) -> tuple[dict[str, list[float]], dict[str, Any]]:
-    """Seconds of calls made in turn, slow ones less often; and what each returned."""
+    """Calls each in turn, slow ones less often: the seconds taken, and what each returned."""
     taken: dict[str, list[float]] = {name: [] for name in calls}
     found = {}
     for i, (name, call) in itertools.product(range(repeats), calls.items()):
@@ -116,10 +116,10 @@ def interleaved(
     return taken, found
 
 
-def basis_of(method: Method, gradient: jax.Array, old: jax.Array) -> Any:
-    """On the smaller side, as by default."""
-    return find_basis(
-        method.basis,
+def compute_projector(method: Method, gradient: jax.Array, old: jax.Array) -> Any:
+    """The projector of the smaller side, as by default."""
+    return find_projector(
+        method.projector,
         gradient,
         old.shape[-1],
         projected_side(gradient.shape),
@@ -130,7 +130,7 @@ def basis_of(method: Method, gradient: jax.Array, old: jax.Array) -> Any:
 
 
 def optax_updates(tx: optax.GradientTransformation, gradients: Any) -> list[Callable[[], Any]]:
-    """Its update with a change of basis (count 0), and the same program without (count 1)."""
+    """Optax's update with a refresh (count 0), and the same program without one (count 1)."""
     state: Any = tx.init(gradients)
     executable = jax.jit(lambda *of: tx.update(*of)).lower(gradients, state).compile()
     later = state._replace(count=state.count + 1)
@@ -138,7 +138,7 @@ def optax_updates(tx: optax.GradientTransformation, gradients: Any) -> list[Call
 
 
 def sample_gradients(workdir: Path) -> tuple[Any, Any]:
-    """Gradients of two batches at the end of a run on the sample, of its blocks."""
+    """Gradients of the blocks for two batches, at the end of a run on the sample."""
     folder = workdir / "sample"
     if train("configs/sample.py", folder, {}) != 0:
         raise SystemExit(f"{folder}: the run failed")
@@ -173,21 +173,21 @@ def kernels(blocks: Any) -> dict[str, jax.Array]:
 
 
 def energies_of_sample(before: Any, last: Any) -> tuple[dict[str, list[str]], str]:
-    """What each method captures of every matrix of the sample's model: cells by method."""
+    """Energies that each method captures of the sample's matrices: cells by method."""
     captured = jax.jit(captured_energy)
 
     def shares(method: Method, starts: dict[str, Any]) -> tuple[np.ndarray, dict]:
-        find = jax.jit(functools.partial(basis_of, method))
-        bases = {name: find(gradient, starts[name]) for name, gradient in last.items()}
-        found = [captured(gradient, bases[name]) for name, gradient in last.items()]
-        return np.concatenate(found), bases
+        find = jax.jit(functools.partial(compute_projector, method))
+        projectors = {name: find(gradient, starts[name]) for name, gradient in last.items()}
+        found = [captured(gradient, projectors[name]) for name, gradient in last.items()]
+        return np.concatenate(found), projectors
 
     zeros: dict[str, Any] = {
         name: empty_projector(g.shape, 64, projected_side(g.shape), g.dtype)
         for name, g in last.items()
     }
-    exact, bases = shares(METHODS[0], zeros)
-    find = jax.jit(functools.partial(basis_of, METHODS[0]))
+    exact, projectors = shares(METHODS[0], zeros)
+    find = jax.jit(functools.partial(compute_projector, METHODS[0]))
     old: dict[str, Any] = {name: find(gradient, zeros[name]) for name, gradient in before.items()}
     cells = {}
     for method in METHODS:
@@ -195,13 +195,13 @@ def energies_of_sample(before: Any, last: Any) -> tuple[dict[str, list[str]], st
         warm = shares(method, old)[0] / exact if method in ITERATED else cold
         cells[method.name] = [f"{of.mean():.4f}, {of.min():.4f}" for of in (cold, warm)]
     ranks = np.concatenate([stable_rank(gradient) for gradient in last.values()])
-    common = np.concatenate([overlap(bases[name], old[name]) for name in last])
+    common = np.concatenate([overlap(projectors[name], old[name]) for name in last])
     kept = np.concatenate([captured(gradient, old[name]) for name, gradient in last.items()])
     return cells, (
-        f"Of the {len(exact)} gradients SVD's bases capture {exact.mean():.3f} of the energy on "
-        f"average and {exact.min():.3f} of\none; the old bases still "
-        f"{(kept / exact).mean():.3f} of that. Stable rank {ranks.min():.1f} to {ranks.max():.1f}; "
-        f"overlap of old and exact\nbases {common.mean():.2f}."
+        f"SVD's projectors capture {exact.mean():.3f} of the energy of the {len(exact)} gradients on "
+        f"average and {exact.min():.3f} of\none; the old projectors still capture "
+        f"{(kept / exact).mean():.3f} of that. Stable ranks are {ranks.min():.1f} to\n"
+        f"{ranks.max():.1f}, and the overlap of old and exact projectors is {common.mean():.2f}."
     )
 
 
@@ -218,7 +218,7 @@ def model_table(repeats: int, energies: dict[str, list[str]]) -> list[str]:
             optimizer,
             rank=RANKS["llama_60m"],
             update_proj_gap=NEVER,
-            basis=method.basis,
+            projector=method.projector,
             power_iterations=method.rounds,
             target_modules="proj",
         )
@@ -230,14 +230,14 @@ def model_table(repeats: int, energies: dict[str, list[str]]) -> list[str]:
     batches.close()
     step = make_train_step(model, tx, optax.constant_schedule(1e-3), micro_batches=1)
     step = jax.jit(step).lower(state, batch).compile()
-    state, _ = step(state, batch)  # changes the bases too
+    state, _ = step(state, batch)  # refreshes too
 
     graphdef = graph_definition(model)
     gradients = jax.jit(
         jax.grad(lambda p: llama.apply(graphdef, p).loss(batch["tokens"], batch["targets"])[0])
     )(state.params)
     gradients = kernels(gradients["blocks"])
-    # Plain SGD: the change of basis is the same, and Adam's time would hide it.
+    # Plain SGD: the refresh is the same, and Adam's time would hide it.
     start = transformation(optax.sgd(1.0)).init(gradients)
     calls: dict[str, Callable[[], Any]] = {"step": functools.partial(step, state, batch)}
     for method in METHODS:
@@ -257,7 +257,7 @@ def model_table(repeats: int, energies: dict[str, list[str]]) -> list[str]:
     lines = [
         f"One training step took {seconds['step']:.2f} s.",
         "",
-        "| basis | seconds | training steps | energy, cold | energy, warm |",
+        "| projector | seconds | training steps | energy, cold | energy, warm |",
         "|---|---|---|---|---|",
     ]
     for name in (*(method.name for method in METHODS), OPTAX):
@@ -273,12 +273,12 @@ def cases(before: Any, last: Any, models: Sequence[str]) -> list[Case]:
     """An attention's and an MLP's gradient of the sample's model, and the like at other sizes.
 
     These have random singular vectors, the real singular values interpolated over the relative
-    index, and an old basis that overlaps with the exact one as the real one does.
+    index, and an old projector that overlaps with the exact one as the real one does.
     """
     found = []
     for kernel in KERNELS:
         gradient, earlier = (of[kernel][len(of[kernel]) // 2] for of in (last, before))
-        old = basis_of(METHODS[0], earlier, jnp.zeros((len(gradient), 64)))
+        old = compute_projector(METHODS[0], earlier, jnp.zeros((len(gradient), 64)))
         found.append(Case("sample", gradient, old))
     rng = np.random.default_rng(0)
     for model in models:
@@ -289,7 +289,7 @@ def cases(before: Any, last: Any, models: Sequence[str]) -> list[Case]:
             places = np.linspace(0, 1, m), np.linspace(0, 1, len(measured))
             values = np.exp(np.interp(*places, np.log(measured))).astype(np.float32)
             u, v = (np.linalg.qr(rng.standard_normal((s, m), np.float32))[0] for s in (m, n))
-            real = basis_of(METHODS[0], like.gradient, like.old)
+            real = compute_projector(METHODS[0], like.gradient, like.old)
             common = float(overlap(real, like.old))
             noise = rng.standard_normal((m, rank), np.float32) / np.float32(np.sqrt(m))
             old, _ = np.linalg.qr(np.sqrt(common) * u[:, :rank] + np.sqrt(1 - common) * noise)
@@ -302,7 +302,9 @@ def measure(case: Case, repeats: int) -> Row:
     """Times and captured energies for one matrix."""
     zeros = jnp.zeros_like(case.old)
     executables = {
-        method: jax.jit(functools.partial(basis_of, method)).lower(case.gradient, zeros).compile()
+        method: jax.jit(functools.partial(compute_projector, method))
+        .lower(case.gradient, zeros)
+        .compile()
         for method in METHODS
     }
     calls: dict[str, Callable[[], Any]] = {
@@ -358,8 +360,8 @@ def matrix_tables(rows: Sequence[Row]) -> list[str]:
         "",
         "## One matrix: captured energy as a ratio to exact SVD's",
         "",
-        "The column svd is the share of the gradient's energy that exact SVD captures, and overlap",
-        "that of its basis with the old one.",
+        "The column svd has the share of the gradient's energy that exact SVD captures, the column",
+        "overlap the overlap of its projector with the old one.",
         "",
         *energy,
     ]
@@ -388,28 +390,29 @@ def main() -> None:
     threads = os.environ.get("OPENBLAS_NUM_THREADS")
     prefix = f"OPENBLAS_NUM_THREADS={threads} " if threads else ""
     version, load = importlib.metadata.version("jax"), os.getloadavg()[0]
-    text = f"""# What a change of basis costs, and what each basis captures
+    text = f"""# What a refresh costs, and what each projector captures
 
     {prefix}{shlex.join(["python", "benchmarks/refresh.py", *sys.argv[1:]])}
 
-jax {version}, {os.cpu_count()} CPU cores, OpenBLAS threads: {threads or "its default"}; load
-average {load:.1f}, this run's included. On a shared machine only ratios tell anything: they are
-within one process, in which the methods were called in turn, and a training step, which keeps
-every core busy, is slowed down most. Medians of {arguments.repeats} calls;
-of what takes over {SLOW:g} s, of 3 for the whole model and of 1 for one matrix. `x2` stands for
-`power_iterations=2`, the default; the other rows have 1.
-`{OPTAX}` is its compiled update at a change of basis minus the
-same program's at none; it takes the vectors of the larger side, from exact SVD.
+jax {version}, {os.cpu_count()} CPU cores, OpenBLAS threads: {threads or "its default"}. The load
+average was {load:.1f}, this run's included. On a shared machine only ratios tell anything: they are
+taken within one process, which calls the methods in turn, and a training step, which keeps every
+core busy, is slowed down most. Times are medians of {arguments.repeats} calls; where a call takes
+over {SLOW:g} s, of 3 for the whole model and of 1 for one matrix. `x2` stands for
+`power_iterations=2`, the default; the other rows have 1. The row `{OPTAX}` is its
+compiled update with a refresh minus the same program's without one; it takes the vectors of the
+larger side, from exact SVD.
 
-*Cold* starts from no basis, *warm* from the exact one of another batch's gradient. Real gradients,
-of {TOKENS} tokens: the blocks of the sample's 9M-parameter LLaMA after its 600 updates
-(`python train.py`), 6 layers x 7 kernels, rank 64 of 256.
+A *cold* start has no projector before it, a *warm* one has the exact projector of another batch's
+gradient. The gradients are real ones, of {TOKENS} tokens, in the blocks of the sample's
+9M-parameter LLaMA after its 600 updates (`python train.py`): 6 layers x 7 kernels, rank 64 of 256.
 
 ## Every matrix of the 60M model
 
-8 layers x 7 kernels, rank 128 of 512: `galore(...).update` with `refresh=True` minus that with
-`refresh=False`, against a training step (forward, backward, update; float32, {SEQUENCES} x {LENGTH}
-tokens). Energies, relative to exact SVD's, are those of the sample's model, mean and least.
+The model has 8 layers x 7 kernels, and the rank is 128 of 512. The time of a refresh is that of
+`galore(...).update` with `refresh=True` minus that with `refresh=False`, beside a training step
+(forward, backward, update; float32, {SEQUENCES} x {LENGTH} tokens). Energies are relative to exact
+SVD's, the mean and the least of the sample's model.
 
 {summary}
 
@@ -417,8 +420,8 @@ tokens). Energies, relative to exact SVD's, are those of the sample's model, mea
     note = """
 Rows named sample are real gradients of its middle block, `q_proj` and `gate_proj`. The others are
 synthetic: random singular vectors, singular values interpolated from these two over the relative
-index, and an old basis that is the exact one plus noise, of about their overlap. Noise that spares
-no direction is easier to undo than a change of batch: for *warm* see the real rows.
+index, and an old projector that is the exact one plus noise, of about their overlap. Noise that
+spares no direction is easier to undo than a change of batch: for *warm* see the real rows.
 """
     lines = [*of_model, note, *matrix_tables(rows), ""]
     arguments.out.write_text(text + "\n".join(lines))

@@ -1,6 +1,6 @@
 """Time and FLOPs of whole training steps: full-rank AdamW, optax.contrib.galore, GaLore's modes.
 
-  PYTHONPATH=. OPENBLAS_NUM_THREADS=1 python benchmarks/step.py --model=llama_60m --tokens=2048
+  PYTHONPATH=. OPENBLAS_NUM_THREADS=1 python benchmarks/step.py --model=60m --tokens=2048
 
 Prints a Markdown table. All steps are the trainer's own, float32, on one batch of random tokens, in
 sequences of 256 and in one micro-batch. They are called in turn in one process, every other round
@@ -16,10 +16,10 @@ galore layerwise      ... and one layer's update at a time, which computes each 
 gradients             loss and gradients alone, without an optimizer
 gradients projected   ... of which those of the blocks' matrices are born projected
 
-The rank is the config's. A step that changes the basis is timed apart, in the first rounds only;
+The rank is the config's. A step with a refresh is timed apart, in the first rounds only;
 "amortised" is the mean over 200 steps of which one does.
 
-GFLOPs are the compiler's count for a step without a change of basis. It counts the body of a loop
+GFLOPs are the compiler's count for a step without a refresh. It counts the body of a loop
 once, however often that runs. So the step is compiled twice, with the loops over the layers as they
 are and with two layers in an iteration; the difference is one layer, forward and backward, and is
 added once for every layer but the first. The loss is compiled with all tokens in one chunk.
@@ -27,7 +27,6 @@ added once for every layer but the first. The loss is compiled with all tokens i
 
 import argparse
 import functools
-import importlib
 import os
 import statistics
 import time
@@ -40,6 +39,7 @@ import jax.numpy as jnp
 import optax
 import optax.contrib
 
+from configs import llama as llama_configs
 from galore_jax import projected_value_and_grad
 from galore_jax.models import llama
 from galore_jax.training import modes, settings, steps
@@ -47,13 +47,13 @@ from galore_jax.training.optimizers import make_optimizer
 from galore_jax.training.settings import Config
 
 LENGTH = 256  # tokens a sequence
-EVERY = 200  # steps between two changes of basis
+EVERY = 200  # steps between two refreshes
 REFRESHES = 2  # rounds that time one too
 OPTAX = "optax.contrib.galore"
 STEPS = ("adamw", OPTAX, "galore", "galore projected", "galore layerwise", "gradients")
 # The rows, and what each is compared with.
 REFERENCE = dict.fromkeys(STEPS, "adamw") | {"gradients projected": "gradients"}
-COLUMNS = "step | compared with | time | least to most | CPU time | change of basis | amortised | s"
+COLUMNS = "step | compared with | time | least to most | CPU time | refresh | amortised | s"
 
 Call = Callable[[Any, steps.Batch], tuple[Any, Any]]  # of state and batch: new state, the rest
 Taken = dict[tuple[str, bool], list[tuple[float, float]]]  # seconds and CPU seconds of each round
@@ -61,7 +61,7 @@ Taken = dict[tuple[str, bool], list[tuple[float, float]]]  # seconds and CPU sec
 
 def make_config(model: str, tokens: int, name: str) -> Config:
     method = "galore" if name.startswith("galore") or name.endswith("projected") else "full"
-    config = importlib.import_module(f"configs.{model}").get_config(f"method={method}")
+    config = llama_configs.get_config(f"{model},method={method}")
     config.batch_size = config.micro_batch_size = tokens // LENGTH
     config.data.seq_len = LENGTH
     config.dtype = config.param_dtype = "float32"
@@ -77,40 +77,40 @@ def adamw(config: Config) -> optax.GradientTransformationExtraArgs:
 
 
 def optax_galore(config: Config) -> optax.GradientTransformationExtraArgs:
-    """Optax's GaLore for stacked blocks: of a block it projects what has two axes, the kernels."""
-    of_block = optax.contrib.galore(
+    """Optax's GaLore for stacked blocks: it projects the leaves of a block with two axes, the kernels."""
+    block_tx = optax.contrib.galore(
         settings.learning_rate(config),
         rank=config.galore.rank,
         update_proj_gap=config.galore.update_proj_gap,
         scale=config.galore.scale,
         weight_decay=config.optimizer.weight_decay,
     )
-    of_others: Any = adamw(config)
+    others_tx: Any = adamw(config)
 
     def split(params: Any) -> tuple[Any, Any]:
         return params["blocks"], {k: v for k, v in params.items() if k != "blocks"}
 
     def axes(blocks: Any) -> Any:
         """0 for the arrays of a block's state, None for its counts: those stay scalars."""
-        state = jax.eval_shape(of_block.init, jax.tree.map(lambda x: x[0], blocks))
+        state = jax.eval_shape(block_tx.init, jax.tree.map(lambda x: x[0], blocks))
         return jax.tree.map(lambda x: 0 if x.ndim else None, state)
 
     def init(params: Any) -> Any:
         blocks, others = split(params)
-        return jax.vmap(of_block.init, out_axes=axes(blocks))(blocks), of_others.init(others)
+        return jax.vmap(block_tx.init, out_axes=axes(blocks))(blocks), others_tx.init(others)
 
     def update(updates: Any, state: Any, params: Any = None, **_: Any) -> tuple[Any, Any]:
         (blocks, others), (weights, other_weights) = split(updates), split(params)
-        of_layers = jax.vmap(of_block.update, (0, axes(blocks), 0), (0, axes(blocks)))
-        blocks, of_blocks = of_layers(blocks, state[0], weights)
-        others, other_state = of_others.update(others, state[1], other_weights)
-        return {**others, "blocks": blocks}, (of_blocks, other_state)
+        update_layers = jax.vmap(block_tx.update, (0, axes(blocks), 0), (0, axes(blocks)))
+        blocks, block_state = update_layers(blocks, state[0], weights)
+        others, other_state = others_tx.update(others, state[1], other_weights)
+        return {**others, "blocks": blocks}, (block_state, other_state)
 
     return optax.GradientTransformationExtraArgs(init, update)
 
 
 def with_count_zero(state: Any) -> Any:
-    """The state of :func:`optax_galore` at which it changes the basis."""
+    """The state of ``optax_galore`` at which it refreshes."""
     (galore, *rest), others = state.opt_state
     galore = galore._replace(count=jnp.zeros_like(galore.count))
     return state._replace(opt_state=((galore, *rest), others))
@@ -133,7 +133,7 @@ def make_gradients(config: Config) -> Callable[[Any, steps.Batch], Any]:
 
 
 def make_steps(name: str, config: Config) -> tuple[Any, dict[bool, Callable[..., Any]]]:
-    """The optimizer, and the steps with (True) and without (False) a change of basis."""
+    """The optimizer, and the steps with (True) and without (False) a refresh."""
     tx = {"adamw": adamw, OPTAX: optax_galore}.get(name, make_optimizer)(config)
     if name.startswith("gradients"):
         return tx, {False: make_gradients(config)}
@@ -146,11 +146,9 @@ def compile_steps(name: str, config: Config, batch: steps.Batch) -> tuple[Any, d
     init = functools.partial(steps.init_state, settings.model_config(config), tx)
     state = jax.jit(init)(jax.random.key(0))
     if name.startswith("gradients"):
-        if config.projected_gradients:  # some bases, as no step will find any
-            refresh = jax.jit(functools.partial(tx.update, refresh=True))
-            state = state._replace(
-                opt_state=refresh(state.params, state.opt_state, state.params)[1]
-            )
+        if config.projected_gradients:  # no step will compute projectors
+            opt_state = jax.jit(tx.refresh)(state.params, state.opt_state, state.params)
+            state = state._replace(opt_state=opt_state)
         program = jax.jit(of_config[False]).lower(state, batch).compile()
         return state, {False: lambda state, batch: (state, program(state, batch))}
     calls: dict[bool, Call] = {
@@ -163,7 +161,7 @@ def compile_steps(name: str, config: Config, batch: steps.Batch) -> tuple[Any, d
 
 
 def count_gflops(name: str, config: Config, batch: steps.Batch) -> float:
-    """Of a step without a change of basis; see the top of this file."""
+    """GFLOPs of a step without a refresh; see the top of this file."""
     config = config.copy_and_resolve_references()
     config.model.loss_chunk_tokens = batch["tokens"].size
     tx, of_config = make_steps(name, config)
@@ -218,7 +216,7 @@ def table(taken: Taken, gflops: dict[str, float]) -> list[str]:
 def main() -> None:
     raw = argparse.RawTextHelpFormatter
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=raw)
-    parser.add_argument("--model", choices=("llama_60m", "llama_130m"), default="llama_60m")
+    parser.add_argument("--model", choices=("60m", "130m"), default="60m")
     parser.add_argument("--tokens", type=int, default=2048, help="a step, a multiple of 256")
     parser.add_argument("--rounds", type=int, default=7)
     parser.add_argument("--only", default=",".join(REFERENCE), help="rows, separated by commas")
@@ -242,7 +240,7 @@ def main() -> None:
         states[name], calls[name] = compile_steps(name, config, batch)
     taken = measure(calls, states, batch, arguments.rounds)
     device = f"{jax.devices()[0].device_kind} ({os.cpu_count()} cores)"
-    run = f"{arguments.model}, {arguments.tokens} tokens a step, {arguments.rounds} rounds"
+    run = f"LLaMA {arguments.model}, {arguments.tokens} tokens a step, {arguments.rounds} rounds"
     print(f"jax {jax.__version__}, {device}, {run}\n", *table(taken, gflops), sep="\n")
 
 
