@@ -27,6 +27,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import optax.contrib
+from galore_jax.projectors import ProjectorMethod, find_projector
 from ml_collections import ConfigDict
 from sample_runs import train
 
@@ -36,7 +37,6 @@ from galore_jax.diagnostics import captured_energy, overlap, stable_rank
 from galore_jax.models import llama
 from galore_jax.models.presets import PRESETS
 from galore_jax.projection import empty_projector, projected_side
-from galore_jax.projectors import ProjectorMethod, find_projector
 from galore_jax.training import settings
 from galore_jax.training.checkpoints import Checkpoints
 from galore_jax.training.optimizers import make_optimizer
@@ -198,8 +198,8 @@ def energies_of_sample(before: Any, last: Any) -> tuple[dict[str, list[str]], st
     common = np.concatenate([overlap(projectors[name], old[name]) for name in last])
     kept = np.concatenate([captured(gradient, old[name]) for name, gradient in last.items()])
     return cells, (
-        f"SVD's projectors capture {exact.mean():.3f} of the energy of the {len(exact)} gradients on "
-        f"average and {exact.min():.3f} of\none; the old projectors still capture "
+        f"SVD's projectors capture {exact.mean():.3f} of the energy of the {len(exact)} gradients "
+        f"on average and {exact.min():.3f} of\none; the old projectors still capture "
         f"{(kept / exact).mean():.3f} of that. Stable ranks are {ranks.min():.1f} to\n"
         f"{ranks.max():.1f}, and the overlap of old and exact projectors is {common.mean():.2f}."
     )

@@ -77,7 +77,7 @@ def adamw(config: Config) -> optax.GradientTransformationExtraArgs:
 
 
 def optax_galore(config: Config) -> optax.GradientTransformationExtraArgs:
-    """Optax's GaLore for stacked blocks: it projects the leaves of a block with two axes, the kernels."""
+    """Optax's GaLore for stacked blocks, of which it projects the kernels."""
     block_tx = optax.contrib.galore(
         settings.learning_rate(config),
         rank=config.galore.rank,
