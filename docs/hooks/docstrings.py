@@ -6,6 +6,7 @@ from typing import Any
 import griffe
 
 _DOCTEST = re.compile(r"^(?P<indent> *)>>> .*(?:\n(?P=indent)\S.*)*", re.MULTILINE)
+_SPHINX = re.compile(r":[a-z]+:`|^ *\.\. \w+::|^ *=+(?: +=+)+ *$", re.MULTILINE)
 _SEVERAL_ARGUMENTS = re.compile(r"^( +(?:\w+, )+\w+,)\n +(?=(?:\w+, )*\w+: )", re.MULTILINE)
 _NAME = re.compile(r"``([A-Za-z_][\w.]*)``")
 
@@ -19,7 +20,8 @@ class Docstrings(griffe.Extension):
 
     def _visit(self, package: griffe.Module, item: griffe.Object) -> None:
         if item.docstring:
-            text = _SEVERAL_ARGUMENTS.sub(r"\1 ", item.docstring.value)
+            text = _SPHINX = re.compile(r":[a-z]+:`|^ *\.\. \w+::|^ *=+(?: +=+)+ *$", re.MULTILINE)
+_SEVERAL_ARGUMENTS.sub(r"\1 ", item.docstring.value)
             text = _NAME.sub(lambda found: _link(package, item, found), text)
             item.docstring.value = _DOCTEST.sub(_fence, text)
         for member in item.members.values():
