@@ -20,8 +20,9 @@ class Docstrings(griffe.Extension):
 
     def _visit(self, package: griffe.Module, item: griffe.Object) -> None:
         if item.docstring:
-            text = _SPHINX = re.compile(r":[a-z]+:`|^ *\.\. \w+::|^ *=+(?: +=+)+ *$", re.MULTILINE)
-_SEVERAL_ARGUMENTS.sub(r"\1 ", item.docstring.value)
+            text = _SEVERAL_ARGUMENTS.sub(r"\1 ", item.docstring.value)
+            if sphinx := _SPHINX.search(text):
+                griffe.logger.warning(f"{item.path}: {sphinx[0]!r} is not Markdown")
             text = _NAME.sub(lambda found: _link(package, item, found), text)
             item.docstring.value = _DOCTEST.sub(_fence, text)
         for member in item.members.values():
