@@ -31,16 +31,14 @@ from galore_jax.projectors import ProjectorMethod, find_projector
 from ml_collections import ConfigDict
 from sample_runs import train
 
+from configs import llama as llama_configs
 from galore_jax import galore
-from galore_jax.data.batches import DataConfig, TextData
 from galore_jax.diagnostics import captured_energy, overlap, stable_rank
-from galore_jax.models import llama
+from galore_jax.galore import GaLore
 from galore_jax.models.presets import PRESETS
 from galore_jax.projection import empty_projector, projected_side
-from galore_jax.training import settings
 from galore_jax.training.checkpoints import Checkpoints
-from galore_jax.training.optimizers import make_optimizer
-from galore_jax.training.steps import graph_definition, init_state, make_train_step
+from galore_jax.training.experiment import make_experiment
 
 RANKS = {"llama_60m": 128, "llama_130m": 256, "llama_350m": 256, "llama_1b": 512}
 SEQUENCES, LENGTH = 16, 256
@@ -142,27 +140,22 @@ def sample_gradients(workdir: Path) -> tuple[Any, Any]:
     folder = workdir / "sample"
     if train("configs/sample.py", folder, {}) != 0:
         raise SystemExit(f"{folder}: the run failed")
-    config: Any = ConfigDict(json.loads((folder / "config.json").read_text()))
-    model, data = settings.model_config(config), settings.open_data(config)
-    abstract = jax.eval_shape(
-        functools.partial(init_state, model, make_optimizer(config)), jax.random.key(0)
-    )
+    experiment = make_experiment(ConfigDict(json.loads((folder / "config.json").read_text())))
+    model, task = experiment.stages, experiment.task
     with Checkpoints(folder / "checkpoints", keep=1) as checkpoints:
-        restored = checkpoints.restore(abstract)
+        restored = checkpoints.restore(experiment.abstract_state())
     assert restored is not None
-    graphdef = graph_definition(model)
 
     def loss(params: Any, batch: Any) -> jax.Array:
-        nll, count = llama.apply(graphdef, params).loss(batch["tokens"], batch["targets"])
-        return nll / count
+        return task.loss(model.forward(params, batch), batch) / task.count(batch)
 
-    batches = data.train_batches(batch_size=TOKENS // config.data.seq_len, seed=1)
+    sequences = TOKENS // experiment.config.data.seq_len
     gradient = jax.jit(jax.grad(loss))
-    before, last = (
-        gradient(restored.state.params, jax.tree.map(jnp.asarray, next(batches)))["blocks"]
-        for _ in range(2)
-    )
-    batches.close()
+    with task.open_data().train_batches(batch_size=sequences, seed=1) as batches:
+        before, last = (
+            gradient(restored.state.params, jax.tree.map(jnp.asarray, next(batches)))["blocks"]
+            for _ in range(2)
+        )
     return kernels(before), kernels(last)
 
 
@@ -207,15 +200,26 @@ def energies_of_sample(before: Any, last: Any) -> tuple[dict[str, list[str]], st
 
 def model_table(repeats: int, energies: dict[str, list[str]]) -> list[str]:
     """Every matrix of the 60M model refreshed, against a training step of it."""
-    model = PRESETS["llama_60m"]
-    data = TextData(
-        DataConfig("sample", data_dir=None, tokenizer=None, seq_len=LENGTH, packing=True),
-        vocab_size=model.vocab_size,
-    )
+    config = llama_configs.get_config("60m")
+    config.batch_size = config.micro_batch_size = SEQUENCES
+    config.dtype = config.param_dtype = "float32"
+    config.projected_gradients = False
+    config.data.update(name="sample", seq_len=LENGTH, packing=True)
+    experiment = make_experiment(config)
+    model, task, steps = experiment.stages, experiment.task, experiment.train_steps()
+    with task.open_data().train_batches(batch_size=SEQUENCES, seed=0) as batches:
+        batch = jax.tree.map(jnp.asarray, next(batches))
+    state = jax.jit(experiment.init)(jax.random.key(0))
+    state, _ = jax.jit(steps[True])(state, batch)
+    step = jax.jit(steps[False]).lower(state, batch).compile()
 
-    def transformation(optimizer: Any, method: Method = METHODS[2]) -> Any:
+    gradients = jax.jit(jax.grad(lambda p: task.loss(model.forward(p, batch), batch)))(state.params)
+    gradients = kernels(gradients["blocks"])
+
+    def transformation(method: Method) -> GaLore:
+        """Plain SGD in GaLore: the refresh is the same, and Adam's time would hide it."""
         return galore(
-            optimizer,
+            optax.sgd(1.0),
             rank=RANKS["llama_60m"],
             update_proj_gap=NEVER,
             projector=method.projector,
@@ -223,34 +227,22 @@ def model_table(repeats: int, energies: dict[str, list[str]]) -> list[str]:
             target_modules="proj",
         )
 
-    tx = transformation(optax.adamw(1e-3))
-    state = jax.jit(functools.partial(init_state, model, tx))(jax.random.key(0))
-    batches = data.train_batches(batch_size=SEQUENCES, seed=0)
-    batch = jax.tree.map(jnp.asarray, next(batches))
-    batches.close()
-    step = make_train_step(model, tx, optax.constant_schedule(1e-3), micro_batches=1)
-    step = jax.jit(step).lower(state, batch).compile()
-    state, _ = step(state, batch)  # refreshes too
-
-    graphdef = graph_definition(model)
-    gradients = jax.jit(
-        jax.grad(lambda p: llama.apply(graphdef, p).loss(batch["tokens"], batch["targets"])[0])
-    )(state.params)
-    gradients = kernels(gradients["blocks"])
-    # Plain SGD: the refresh is the same, and Adam's time would hide it.
-    start = transformation(optax.sgd(1.0)).init(gradients)
+    tx = transformation(METHODS[2])
+    start = tx.init(gradients)
     calls: dict[str, Callable[[], Any]] = {"step": functools.partial(step, state, batch)}
     for method in METHODS:
-        update = functools.partial(transformation(optax.sgd(1.0), method).update, refresh=True)
+        update = functools.partial(transformation(method).update, refresh=True)
         calls[method.name] = functools.partial(
             jax.jit(update).lower(gradients, start).compile(), gradients, start
         )
-    update = functools.partial(transformation(optax.sgd(1.0)).update, refresh=False)
-    calls["without"] = functools.partial(jax.jit(update), gradients, start)
-    calls["without"]()
+    _, after = calls[METHODS[2].name]()
+    update = jax.jit(functools.partial(tx.update, refresh=False))
+    calls["without"] = functools.partial(update.lower(gradients, after).compile(), gradients, after)
     layers = [matrix for stack in gradients.values() for matrix in stack]
-    tx = optax.contrib.scale_by_galore(RANKS["llama_60m"], NEVER, base_optimizer=optax.identity())
-    calls[OPTAX], calls["without, optax"] = optax_updates(tx, layers)
+    theirs = optax.contrib.scale_by_galore(
+        RANKS["llama_60m"], NEVER, base_optimizer=optax.identity()
+    )
+    calls[OPTAX], calls["without, optax"] = optax_updates(theirs, layers)
     taken, _ = interleaved(calls, repeats, 3)
     seconds = {name: statistics.median(times) for name, times in taken.items()}
     print(", ".join(f"{name} {of:.2f} s" for name, of in seconds.items()), flush=True)

@@ -26,6 +26,7 @@ added once for every layer but the first. The loss is compiled with all tokens i
 """
 
 import argparse
+import dataclasses
 import functools
 import os
 import statistics
@@ -41,10 +42,11 @@ import optax.contrib
 
 from configs import llama as llama_configs
 from galore_jax import projected_value_and_grad
-from galore_jax.models import llama
-from galore_jax.training import modes, settings, steps
-from galore_jax.training.optimizers import make_optimizer
-from galore_jax.training.settings import Config
+from galore_jax.models.stages import KERNELS
+from galore_jax.training.config import Config
+from galore_jax.training.experiment import Experiment, make_experiment
+from galore_jax.training.optimizer import make_schedule
+from galore_jax.training.tasks import Batch
 
 LENGTH = 256  # tokens a sequence
 EVERY = 200  # steps between two refreshes
@@ -55,7 +57,7 @@ STEPS = ("adamw", OPTAX, "galore", "galore projected", "galore layerwise", "grad
 REFERENCE = dict.fromkeys(STEPS, "adamw") | {"gradients projected": "gradients"}
 COLUMNS = "step | compared with | time | least to most | CPU time | refresh | amortised | s"
 
-Call = Callable[[Any, steps.Batch], tuple[Any, Any]]  # of state and batch: new state, the rest
+Call = Callable[[Any, Batch], tuple[Any, Any]]  # of state and batch: new state, the rest
 Taken = dict[tuple[str, bool], list[tuple[float, float]]]  # seconds and CPU seconds of each round
 
 
@@ -72,14 +74,14 @@ def make_config(model: str, tokens: int, name: str) -> Config:
 
 
 def adamw(config: Config) -> optax.GradientTransformationExtraArgs:
-    learning_rate, decay = settings.learning_rate(config), config.optimizer.weight_decay
-    return optax.with_extra_args_support(optax.adamw(learning_rate, weight_decay=decay))
+    tx = optax.adamw(make_schedule(config), weight_decay=config.optimizer.weight_decay)
+    return optax.with_extra_args_support(tx)
 
 
 def optax_galore(config: Config) -> optax.GradientTransformationExtraArgs:
     """Optax's GaLore for stacked blocks, of which it projects the kernels."""
     block_tx = optax.contrib.galore(
-        settings.learning_rate(config),
+        make_schedule(config),
         rank=config.galore.rank,
         update_proj_gap=config.galore.update_proj_gap,
         scale=config.galore.scale,
@@ -116,58 +118,58 @@ def with_count_zero(state: Any) -> Any:
     return state._replace(opt_state=((galore, *rest), others))
 
 
-def make_gradients(config: Config) -> Callable[[Any, steps.Batch], Any]:
-    graphdef = steps.graph_definition(settings.model_config(config))
+def make_gradients(experiment: Experiment) -> Callable[[Any, Batch], Any]:
+    model, task = experiment.stages, experiment.task
 
-    def loss(params: Any, batch: steps.Batch) -> jax.Array:
-        nll, count = llama.apply(graphdef, params).loss(batch["tokens"], batch["targets"])
-        return nll / count
+    def loss(params: Any, batch: Batch) -> jax.Array:
+        return task.loss(model.forward(params, batch), batch) / task.count(batch)
 
-    def gradients(state: Any, batch: steps.Batch) -> Any:
-        if config.projected_gradients:
-            value_and_grad = projected_value_and_grad(loss, kernels=steps.BLOCK_KERNELS)
+    def gradients(state: Any, batch: Batch) -> Any:
+        if experiment.mode.projected:
+            value_and_grad = projected_value_and_grad(loss, kernels=KERNELS)
             return value_and_grad(state.params, state.opt_state, batch)
         return jax.value_and_grad(loss)(state.params, batch)
 
     return gradients
 
 
-def make_steps(name: str, config: Config) -> tuple[Any, dict[bool, Callable[..., Any]]]:
-    """The optimizer, and the steps with (True) and without (False) a refresh."""
-    tx = {"adamw": adamw, OPTAX: optax_galore}.get(name, make_optimizer)(config)
+def make_steps(name: str, config: Config) -> tuple[Experiment, dict[bool, Callable[..., Any]]]:
+    """The experiment, and the steps with (True) and without (False) a refresh."""
+    experiment = make_experiment(config)
+    if make_tx := {"adamw": adamw, OPTAX: optax_galore}.get(name):
+        experiment = dataclasses.replace(experiment, optimizer=make_tx(config))
     if name.startswith("gradients"):
-        return tx, {False: make_gradients(config)}
-    return tx, dict(modes.train_steps(config, tx))
+        return experiment, {False: make_gradients(experiment)}
+    return experiment, dict(experiment.train_steps())
 
 
-def compile_steps(name: str, config: Config, batch: steps.Batch) -> tuple[Any, dict[bool, Call]]:
+def compile_steps(name: str, config: Config, batch: Batch) -> tuple[Any, dict[bool, Call]]:
     """A first state, and the compiled steps, with the state donated."""
-    tx, of_config = make_steps(name, config)
-    init = functools.partial(steps.init_state, settings.model_config(config), tx)
-    state = jax.jit(init)(jax.random.key(0))
+    experiment, steps = make_steps(name, config)
+    state = jax.jit(experiment.init)(jax.random.key(0))
     if name.startswith("gradients"):
-        if config.projected_gradients:  # no step will compute projectors
-            opt_state = jax.jit(tx.refresh)(state.params, state.opt_state, state.params)
-            state = state._replace(opt_state=opt_state)
-        program = jax.jit(of_config[False]).lower(state, batch).compile()
+        if experiment.mode.projected:  # no step will compute projectors
+            refresh: Any = jax.jit(experiment.optimizer.refresh)
+            state = state._replace(opt_state=refresh(state.params, state.opt_state, state.params))
+        program = jax.jit(steps[False]).lower(state, batch).compile()
         return state, {False: lambda state, batch: (state, program(state, batch))}
     calls: dict[bool, Call] = {
         refresh: jax.jit(step, donate_argnums=0).lower(state, batch).compile()
-        for refresh, step in of_config.items()
+        for refresh, step in steps.items()
     }
     if name == OPTAX:
         calls[True] = lambda state, batch: calls[False](with_count_zero(state), batch)
     return state, calls
 
 
-def count_gflops(name: str, config: Config, batch: steps.Batch) -> float:
+def count_gflops(name: str, config: Config, batch: Batch) -> float:
     """GFLOPs of a step without a refresh; see the top of this file."""
     config = config.copy_and_resolve_references()
     config.model.loss_chunk_tokens = batch["tokens"].size
-    tx, of_config = make_steps(name, config)
-    state, scan, counts = modes.abstract_state(config, tx), jax.lax.scan, []
+    experiment, steps = make_steps(name, config)
+    state, scan, counts = experiment.abstract_state(), jax.lax.scan, []
     for layers in (1, 2):
-        step = jax.jit(lambda *of: of_config[False](*of))
+        step = jax.jit(lambda *arguments: steps[False](*arguments))
         with mock.patch.object(jax.lax, "scan", functools.partial(scan, unroll=layers)):
             cost: Any = step.lower(state, batch).compile().cost_analysis()
         counts.append(cost["flops"])
@@ -175,7 +177,7 @@ def count_gflops(name: str, config: Config, batch: steps.Batch) -> float:
 
 
 def measure(
-    calls: dict[str, dict[bool, Call]], states: dict[str, Any], batch: steps.Batch, rounds: int
+    calls: dict[str, dict[bool, Call]], states: dict[str, Any], batch: Batch, rounds: int
 ) -> Taken:
     """Times each call in each round; a first round, to warm up, is not counted."""
     taken: Taken = {(name, refresh): [] for name, of in calls.items() for refresh in of}
