@@ -1,6 +1,6 @@
 """Times a refresh at the paper's shapes, and measures what each projector captures.
 
-  OPENBLAS_NUM_THREADS=1 python benchmarks/refresh.py --out=docs/refresh.md
+  PYTHONPATH=. OPENBLAS_NUM_THREADS=1 python benchmarks/refresh.py --out=docs/refresh.md
 
 Five minutes on two CPU cores, and before it, once, the three of a run of ``train.py`` on the sample
 in a folder under ``--workdir``, whose gradients serve: those of a model that has hardly begun have
@@ -384,7 +384,7 @@ def main() -> None:
     version, load = importlib.metadata.version("jax"), os.getloadavg()[0]
     text = f"""# What a refresh costs, and what each projector captures
 
-    {prefix}{shlex.join(["python", "benchmarks/refresh.py", *sys.argv[1:]])}
+    PYTHONPATH=. {prefix}{shlex.join(["python", "benchmarks/refresh.py", *sys.argv[1:]])}
 
 jax {version}, {os.cpu_count()} CPU cores, OpenBLAS threads: {threads or "its default"}. The load
 average was {load:.1f}, this run's included. On a shared machine only ratios tell anything: they are
