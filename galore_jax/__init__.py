@@ -3,9 +3,9 @@
 from galore_jax.adam8bit import adamw8bit, scale_by_adam8bit
 from galore_jax.aliases import galore_adafactor, galore_adamw, galore_adamw8bit
 from galore_jax.chaining import chain
-from galore_jax.low_rank import GaLoreState
-from galore_jax.projected_grad import linear, projected_value_and_grad
-from galore_jax.transform import galore
+from galore_jax.galore import GaLoreState, galore
+from galore_jax.kernels import linear
+from galore_jax.projected_grad import projected_value_and_grad
 
 __all__ = [
     "GaLoreState",

@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from galore_jax.inner_state import FIRST_MOMENTS
+from galore_jax.projection import FIRST_MOMENTS
 
 # The fields in which Optax's states keep moments; everything else is other state.
 _FIRST_MOMENTS = FIRST_MOMENTS | {"m"}

@@ -31,7 +31,6 @@ from typing import Any, Literal, get_args
 import jax
 import jax.numpy as jnp
 
-from galore_jax.projection import in_float32
 from galore_jax.sharding import zeros_beside
 
 Encoding = Literal["dynamic", "dynamic_unsigned", "dynamic_root", "int8", "int4"]
@@ -201,7 +200,7 @@ def block_scales(
 
 def _coded(array: jax.Array, encoding: Encoding) -> jax.Array:
     """What the codes are of: the float32 array, or its root."""
-    array = in_float32(array).astype(jnp.float32)
+    array = jnp.asarray(array).astype(jnp.float32)
     return jnp.sqrt(array) if encoding == "dynamic_root" else array
 
 

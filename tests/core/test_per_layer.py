@@ -8,7 +8,7 @@ import optax.contrib
 import pytest
 
 from galore_jax import galore
-from galore_jax.bases import BASES
+from galore_jax.projectors import PROJECTOR_METHODS
 
 SCALES = jnp.array([1.0, 10.0, 0.1])[:, None, None]
 
@@ -74,10 +74,12 @@ def test_stack_equals_loop_for(name):
     assert_stack_equals_loop(galore(INNER[name], rank=3, update_proj_gap=2, target_modules="ker"))
 
 
-@pytest.mark.parametrize("basis", BASES)
-def test_stack_equals_loop_with_the_basis(basis):
+@pytest.mark.parametrize("method", PROJECTOR_METHODS)
+def test_stack_equals_loop_with_the_basis(method):
     assert_stack_equals_loop(
-        galore(optax.adam(0.1), rank=3, update_proj_gap=2, target_modules="kernel", basis=basis)
+        galore(
+            optax.adam(0.1), rank=3, update_proj_gap=2, target_modules="kernel", projector=method
+        )
     )
 
 

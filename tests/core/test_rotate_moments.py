@@ -33,26 +33,26 @@ def in_one_subspace(step, rank, shape=(7, 9)):
 
 
 @pytest.mark.parametrize("inner", [{"momentum": 0.9}, {"momentum": 0.9, "nesterov": True}])
-@pytest.mark.parametrize("basis", ["svd", "eigh", "subspace_iteration", "randomized"])
-def test_a_basis_that_turns_in_its_subspace_does_not_show(float64, inner, basis):
+@pytest.mark.parametrize("method", ["svd", "eigh", "subspace_iteration", "randomized"])
+def test_a_basis_that_turns_in_its_subspace_does_not_show(float64, inner, method):
     params = {"w": jnp.zeros((7, 9), jnp.float64)}
     gradients = lambda step: in_one_subspace(step, rank=3)  # noqa: E731
     trained = {
-        (gap, transport): run(
+        (gap, rotate_moments): run(
             galore(
                 optax.sgd(0.1, **inner),
                 rank=3,
                 update_proj_gap=gap,
-                transport=transport,
+                rotate_moments=rotate_moments,
                 scale=1.0,
-                basis=basis,
+                projector=method,
             ),
             params,
             9,
             gradients,
         )[0]["w"]
         for gap in (2, 100)
-        for transport in (False, True)
+        for rotate_moments in (False, True)
     }
     np.testing.assert_allclose(trained[2, True], trained[100, True], rtol=0, atol=1e-12)
     assert not np.allclose(trained[2, False], trained[100, False], rtol=0, atol=1e-3)
@@ -76,7 +76,7 @@ def test_at_full_rank_momentum_with_transport_is_plain_momentum(float64):
             rank=5,
             scale=1.0,
             update_proj_gap=2,
-            transport=True,
+            rotate_moments=True,
             target_modules=".",
             proj_type=proj_type,
         )
@@ -89,7 +89,7 @@ def test_at_full_rank_momentum_with_transport_is_plain_momentum(float64):
 
 def test_the_moment_is_rotated_and_the_second_moment_stays():
     params = {"w": jnp.zeros((6, 10))}
-    tx = galore(optax.adam(0.1), rank=3, update_proj_gap=1, transport=True)
+    tx = galore(optax.adam(0.1), rank=3, update_proj_gap=1, rotate_moments=True)
     grads = [{"w": jax.random.normal(jax.random.key(i), (6, 10))} for i in range(2)]
     _, first = tx.update(grads[0], tx.init(params), params)
     _, second = tx.update(grads[1], first, params)
@@ -108,7 +108,7 @@ def test_the_moment_is_rotated_and_the_second_moment_stays():
 
 def test_a_basis_that_is_kept_keeps_the_moment_as_it_is():
     params = {"w": jnp.zeros((6, 10), jnp.bfloat16)}
-    tx = galore(optax.sgd(0.1, momentum=0.5), rank=3, update_proj_gap=1, transport=True)
+    tx = galore(optax.sgd(0.1, momentum=0.5), rank=3, update_proj_gap=1, rotate_moments=True)
     _, state = tx.update({"w": jnp.ones((6, 10), jnp.bfloat16)}, tx.init(params), params)
     bad = {"w": jnp.full((6, 10), jnp.nan, jnp.bfloat16)}
     moved, kept = (
@@ -130,13 +130,13 @@ def test_masked_and_injected_moments_are_found():
     ):
         with warnings.catch_warnings():
             warnings.simplefilter("error")
-            galore(inner, rank=3, transport=True).init(params)
+            galore(inner, rank=3, rotate_moments=True).init(params)
 
 
 @pytest.mark.parametrize("inner", [optax.sgd(0.1), optax.rmsprop(0.1)])
 def test_no_first_moment_is_said(inner):
-    with pytest.warns(UserWarning, match="transport=True does nothing here"):
-        galore(inner, rank=3, transport=True).init({"w": jnp.zeros((6, 10))})
+    with pytest.warns(UserWarning, match="rotate_moments=True does nothing here"):
+        galore(inner, rank=3, rotate_moments=True).init({"w": jnp.zeros((6, 10))})
 
 
 def test_coordinates_of_what_lies_in_both_bases_bring_back_the_same_matrix():
@@ -146,7 +146,7 @@ def test_coordinates_of_what_lies_in_both_bases_bring_back_the_same_matrix():
     )
     new = projection.TwoSided(old.left[:, ::-1], -old.right)
     low = jax.random.normal(keys[2], (6, 8))
-    moved = projection.transport(low, old, new, "both")
+    moved = projection.rotate(low, old, new, "both")
     np.testing.assert_allclose(
         projection.project_back(moved, new, "both"),
         projection.project_back(low, old, "both"),

@@ -12,7 +12,7 @@ import optax
 import pytest
 
 import galore_jax
-from galore_jax import bases, galore, galore_adamw
+from galore_jax import galore, galore_adamw, projectors
 
 SHAPES = {"wide": (6, 10), "tall": (10, 6), "square": (8, 8), "stack": (3, 6, 10)}
 
@@ -148,7 +148,7 @@ def test_bfloat16_stays_and_the_basis_is_that_of_float32():
     assert all(u.dtype == jnp.bfloat16 for u in updates.values())
     shapes_of = lambda tree: jax.tree.map(lambda x: (x.shape, x.dtype), tree)  # noqa: E731
     assert shapes_of(new) == shapes_of(state)
-    exact = bases.svd_basis(grads["wide"].astype(jnp.float32), 2, "left")
+    exact = projectors.svd_projector(grads["wide"].astype(jnp.float32), 2, "left")
     assert np.array_equal(new.projector["wide"], exact.astype(jnp.bfloat16))
 
 
@@ -201,8 +201,8 @@ def test_scan_and_no_recompilation():
 def test_signs_do_not_depend_on_the_solver():
     matrix = np.asarray(random_tree(3)["tall"])
     for side in ("left", "right"):
-        basis = np.asarray(bases.svd_basis(jnp.asarray(matrix), 4, side))
-        flipped = np.asarray(bases.svd_basis(jnp.asarray(-matrix), 4, side))
+        basis = np.asarray(projectors.svd_projector(jnp.asarray(matrix), 4, side))
+        flipped = np.asarray(projectors.svd_projector(jnp.asarray(-matrix), 4, side))
         np.testing.assert_allclose(basis, flipped, atol=1e-6)
         assert (np.take_along_axis(basis, np.abs(basis).argmax(0)[None], 0) > 0).all()
 
@@ -217,13 +217,13 @@ def test_signs_do_not_depend_on_the_solver():
         ({"scale": 0.0}, ValueError, r"scale must be a number greater than 0, got 0\.0"),
         ({"seed": -1}, ValueError, "seed must be an int of at least 0, got -1"),
         ({"power_iterations": 0}, ValueError, "power_iterations must be an int of at least 1"),
-        ({"transport": "yes"}, TypeError, "transport must be a bool, got 'yes'"),
+        ({"rotate_moments": "yes"}, TypeError, "rotate_moments must be a bool, got 'yes'"),
         ({"projector_dtype": "int8"}, ValueError, "projector_dtype must be a float dtype.*'int8'"),
         ({"projector_dtype": "float33"}, TypeError, "projector_dtype must be .*'float33'"),
-        ({"basis": "svdd"}, ValueError, "basis must be one of .* did you mean 'svd'"),
+        ({"projector": "svdd"}, ValueError, "projector must be one of .* did you mean 'svd'"),
         ({"scale": "1"}, TypeError, "scale must be a number greater than 0, got '1'"),
         ({"proj_type": "diagonal"}, ValueError, "proj_type .*'diagonal'"),
-        ({"basis": "qr"}, ValueError, "basis .*'qr'"),
+        ({"projector": "qr"}, ValueError, "projector .*'qr'"),
         ({"target_modules": "("}, ValueError, "no regular expression"),
         ({"target_modules": 3}, TypeError, "must be a regular expression.*got 3"),
         ({"optimizer": 128}, TypeError, "optimizer must be .*got int"),

@@ -8,7 +8,7 @@ import pytest
 from optax.contrib import GaLoreDimensionNumbers, MuonDimensionNumbers
 
 from galore_jax import galore
-from galore_jax.matrices import find_matrices
+from galore_jax.weights import matrix_specs
 
 PARAMS = {
     "attn": {"kernel": jnp.ones((8, 2, 5)), "bias": jnp.ones(10)},
@@ -19,8 +19,10 @@ PATHS = ["attn/bias", "attn/kernel", "embed", "norm"]
 
 
 def found(**arguments):
-    matrices = find_matrices(PARAMS, **{"rank": 3, **arguments})
-    return {path: m for path, m in zip(PATHS, matrices, strict=True) if m is not None}
+    specs = jax.tree.structure(PARAMS).flatten_up_to(
+        matrix_specs(PARAMS, **{"rank": 3, **arguments})
+    )
+    return {path: spec for path, spec in zip(PATHS, specs, strict=True) if spec is not None}
 
 
 def test_axes_that_are_not_named_index_a_stack():

@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import optax
 
 
-def scale_by_reference_adam(
+def scale_by_galore_torch_adam(
     b1: float | jax.Array = 0.9,
     b2: float | jax.Array = 0.999,
     eps: float | jax.Array = 1e-6,
@@ -22,7 +22,7 @@ def scale_by_reference_adam(
     where ``optax.scale_by_adam`` adds it after. Moments have the shape and dtype of the params.
 
     >>> import jax.numpy as jnp
-    >>> tx = scale_by_reference_adam(eps=1.0)
+    >>> tx = scale_by_galore_torch_adam(eps=1.0)
     >>> updates, _ = tx.update(jnp.ones(()), tx.init(jnp.ones(())))
     >>> round(float(updates), 4)  # sqrt(0.001) / (sqrt(0.001) + 1)
     0.0307

@@ -8,8 +8,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from galore_jax import bases
-from galore_jax.bases import BASES, find_basis
+from galore_jax import projectors
+from galore_jax.projectors import PROJECTOR_METHODS, find_projector
 from galore_jax.diagnostics import captured_energy
 from galore_jax.projection import TwoSided, empty_projector
 
@@ -22,8 +22,8 @@ SHAPES = {
 }
 RANK = 6
 KEY = jax.random.key(7)
-STATIC = ("basis", "rank", "side")
-compiled_basis = jax.jit(find_basis, static_argnames=(*STATIC, "power_iterations"))
+STATIC = ("method", "rank", "side")
+compiled_projector = jax.jit(find_projector, static_argnames=(*STATIC, "power_iterations"))
 captured = jax.jit(captured_energy, static_argnames="side")
 SEPARATED = 0.75 ** np.arange(24)
 SPECTRA = {
@@ -53,11 +53,13 @@ def exact(gradient, rank, side):
     return sides if side == "both" else sides.left if side == "left" else sides.right
 
 
-def find(basis, gradient, side, rank=RANK, old=None, key=KEY, rounds=1, function=compiled_basis):
+def find(
+    method, gradient, side, rank=RANK, old=None, key=KEY, rounds=1, function=compiled_projector
+):
     if old is None:
         old = empty_projector(gradient.shape, rank, side, jnp.float32)
     return function(
-        basis=basis,
+        method=method,
         gradient=gradient,
         rank=rank,
         side=side,
@@ -86,17 +88,17 @@ def relative_energy(gradient, projector, rank, side):
 
 @pytest.mark.parametrize("shape", SHAPES.values(), ids=list(SHAPES))
 @pytest.mark.parametrize("side", SIDES)
-@pytest.mark.parametrize(("basis", "atol"), [("svd", 1e-5), ("eigh", 1e-4)])
-def test_svd_and_eigh_give_the_top_singular_vectors(basis, atol, side, shape):
+@pytest.mark.parametrize(("method", "atol"), [("svd", 1e-5), ("eigh", 1e-4)])
+def test_svd_and_eigh_give_the_top_singular_vectors(method, atol, side, shape):
     gradient = with_spectrum(shape, SEPARATED)
-    assert_close(find(basis, gradient, side), exact(gradient, RANK, side), atol)
+    assert_close(find(method, gradient, side), exact(gradient, RANK, side), atol)
 
 
 @pytest.mark.parametrize("side", SIDES)
 def test_iterated_bases_converge_to_the_top_singular_vectors(side):
     gradient = with_spectrum((24, 40), SEPARATED)
     best = exact(gradient, RANK, side)
-    many = {"rounds": jnp.int32(24), "function": jax.jit(find_basis, static_argnames=STATIC)}
+    many = {"rounds": jnp.int32(24), "function": jax.jit(find_projector, static_argnames=STATIC)}
     assert_close(find("randomized", gradient, side, **many), best, 1e-3)
     iterated = find("subspace_iteration", gradient, side, **many)
     for found, of_best in zip(jax.tree.leaves(iterated), jax.tree.leaves(best), strict=True):
@@ -107,7 +109,7 @@ def test_iterated_bases_converge_to_the_top_singular_vectors(side):
 @pytest.mark.parametrize("spectrum", SPECTRA.values(), ids=list(SPECTRA))
 @pytest.mark.parametrize("side", SIDES)
 @pytest.mark.parametrize(
-    ("basis", "rounds", "start", "least"),
+    ("method", "rounds", "start", "least"),
     [
         ("subspace_iteration", 1, "cold", 0.96),
         ("subspace_iteration", 1, "warm", 0.99),
@@ -116,12 +118,12 @@ def test_iterated_bases_converge_to_the_top_singular_vectors(side):
         ("randomized", 1, "cold", 0.995),
     ],
 )
-def test_iterated_bases_capture_what_svd_does(basis, rounds, start, least, side, spectrum):
+def test_iterated_bases_capture_what_svd_does(method, rounds, start, least, side, spectrum):
     gradient, rank, old = with_spectrum((96, 160), spectrum), 24, None
     if start == "warm":
         noise = with_spectrum(gradient.shape, spectrum, seed=1)
         old = jax.tree.map(jnp.asarray, exact(gradient + 0.5 * noise, rank, side))
-    found = find(basis, gradient, side, rank, old, rounds=rounds)
+    found = find(method, gradient, side, rank, old, rounds=rounds)
     assert least <= relative_energy(gradient, found, rank, side) < 1 + 1e-5
 
 
@@ -162,38 +164,38 @@ def test_subspace_iteration_keeps_columns_where_singular_values_cross():
 
 
 @pytest.mark.parametrize("side", ["right", "both"])
-@pytest.mark.parametrize("basis", BASES)
-def test_columns_are_orthonormal_whatever_the_rank_of_the_gradient(basis, side):
+@pytest.mark.parametrize("method", PROJECTOR_METHODS)
+def test_columns_are_orthonormal_whatever_the_rank_of_the_gradient(method, side):
     low = with_spectrum((24, 40), SEPARATED * (np.arange(24) < 3))
     one = jnp.ones((24, 40))
     single = jnp.zeros((24, 40)).at[3, 5].set(-2.0)
     gradient = jnp.stack([low, one, single, jnp.zeros((24, 40))])
-    assert_orthonormal(find(basis, gradient, side))
+    assert_orthonormal(find(method, gradient, side))
 
 
 @pytest.mark.parametrize("magnitude", [1e-30, 1e30])
-@pytest.mark.parametrize("basis", BASES)
-def test_the_magnitude_of_the_gradient_does_not_matter(basis, magnitude):
+@pytest.mark.parametrize("method", PROJECTOR_METHODS)
+def test_the_magnitude_of_the_gradient_does_not_matter(method, magnitude):
     gradient = with_spectrum((24, 40), SEPARATED)
     for side in ("right", "both"):
-        ordinary, extreme = (find(basis, g, side) for g in (gradient, magnitude * gradient))
+        ordinary, extreme = (find(method, g, side) for g in (gradient, magnitude * gradient))
         assert_close(extreme, ordinary, 1e-4)
 
 
-@pytest.mark.parametrize("basis", BASES)
-def test_a_rank_above_the_matrix_takes_all_of_it(basis):
+@pytest.mark.parametrize("method", PROJECTOR_METHODS)
+def test_a_rank_above_the_matrix_takes_all_of_it(method):
     gradient = with_spectrum((8, 12), SEPARATED[:8])
-    found = find(basis, gradient, "both", rank=64)
+    found = find(method, gradient, "both", rank=64)
     assert (found.left.shape, found.right.shape) == ((8, 8), (12, 8))
     assert_orthonormal(found)
 
 
-@pytest.mark.parametrize("basis", BASES)
-def test_a_bfloat16_gradient_has_the_basis_of_its_float32(basis):
+@pytest.mark.parametrize("method", PROJECTOR_METHODS)
+def test_a_bfloat16_gradient_has_the_basis_of_its_float32(method):
     gradient = with_spectrum((24, 40), SEPARATED).astype(jnp.bfloat16)
-    found = find(basis, gradient, "right")
+    found = find(method, gradient, "right")
     assert found.dtype == jnp.float32
-    assert_close(found, find(basis, gradient.astype(jnp.float32), "right"), 0)
+    assert_close(found, find(method, gradient.astype(jnp.float32), "right"), 0)
 
 
 def test_random_looks_at_the_key_alone():
@@ -207,35 +209,35 @@ def test_random_looks_at_the_key_alone():
 
 
 @pytest.mark.parametrize("side", ["right", "both"])
-@pytest.mark.parametrize("basis", BASES)
-def test_a_stack_is_a_loop_over_its_matrices(basis, side):
+@pytest.mark.parametrize("method", PROJECTOR_METHODS)
+def test_a_stack_is_a_loop_over_its_matrices(method, side):
     gradient, other = (with_spectrum(SHAPES["stack"], SEPARATED, seed) for seed in (0, 1))
     old = jax.tree.map(jnp.asarray, exact(other, RANK, side))
-    stacked = find(basis, gradient, side, old=old)
+    stacked = find(method, gradient, side, old=old)
     for i in range(len(gradient)):
-        alone = find(basis, gradient[i], side, old=jax.tree.map(lambda x, i=i: x[i], old))
+        alone = find(method, gradient[i], side, old=jax.tree.map(lambda x, i=i: x[i], old))
         assert_close(jax.tree.map(lambda x, i=i: x[i], stacked), alone, 1e-5)
 
 
-@pytest.mark.parametrize("basis", BASES)
-def test_compiled_is_the_same(basis):
+@pytest.mark.parametrize("method", PROJECTOR_METHODS)
+def test_compiled_is_the_same(method):
     gradient = with_spectrum((24, 40), SEPARATED)
-    called = find(basis, gradient, "both", function=find_basis)
-    assert_close(find(basis, gradient, "both"), called, 1e-4)
+    called = find(method, gradient, "both", function=find_projector)
+    assert_close(find(method, gradient, "both"), called, 1e-4)
 
 
 @pytest.mark.parametrize("side", ["right", "both"])
-@pytest.mark.parametrize("basis", ["svd", "eigh", "randomized"])
-def test_the_largest_entry_of_a_vector_is_positive(basis, side):
+@pytest.mark.parametrize("method", ["svd", "eigh", "randomized"])
+def test_the_largest_entry_of_a_vector_is_positive(method, side):
     gradient = with_spectrum(SHAPES["stack"], SEPARATED)
     for sign in (1, -1):
-        for columns in map(np.asarray, jax.tree.leaves(find(basis, sign * gradient, side))):
+        for columns in map(np.asarray, jax.tree.leaves(find(method, sign * gradient, side))):
             assert (columns.max(-2) == np.abs(columns).max(-2)).all()
 
 
 def test_orthonormalized_columns_keep_their_side():
     columns = with_spectrum((3, 24, 6), SEPARATED[:6])
-    found = bases.orthonormalized(columns)
+    found = projectors.orthonormalized(columns)
     assert_orthonormal(found)
     triangular = jnp.swapaxes(found, -2, -1) @ columns
     assert jnp.abs(jnp.tril(triangular, -1)).max() < 1e-6
@@ -246,7 +248,7 @@ def test_stacks_are_orthonormalized_at_once_without_a_hang():
     # Stacked QRs that run at once (jaxlib 0.10.2, CPU) take the cores from each other's threads.
     program = """
 import jax
-from galore_jax.bases import orthonormalized
+from galore_jax.projectors import orthonormalized
 
 stacks = [jax.random.normal(jax.random.key(i), (6, 256, 64)) for i in range(4)]
 for columns in jax.block_until_ready(jax.jit(lambda s: list(map(orthonormalized, s)))(stacks)):
