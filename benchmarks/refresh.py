@@ -27,7 +27,6 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import optax.contrib
-from galore_jax.projectors import ProjectorMethod, find_projector
 from ml_collections import ConfigDict
 from sample_runs import train
 
@@ -37,6 +36,7 @@ from galore_jax.diagnostics import captured_energy, overlap, stable_rank
 from galore_jax.galore import GaLore
 from galore_jax.models.presets import PRESETS
 from galore_jax.projection import empty_projector, projected_side
+from galore_jax.projectors import ProjectorMethod, find_projector
 from galore_jax.training.checkpoints import Checkpoints
 from galore_jax.training.experiment import make_experiment
 
