@@ -200,7 +200,7 @@ def energies_of_sample(before: Any, last: Any) -> tuple[dict[str, list[str]], st
 
 def model_table(repeats: int, energies: dict[str, list[str]]) -> list[str]:
     """Every matrix of the 60M model refreshed, against a training step of it."""
-    config = llama_configs.get_config("60m")
+    config: Any = llama_configs.get_config("60m")
     config.batch_size = config.micro_batch_size = SEQUENCES
     config.dtype = config.param_dtype = "float32"
     config.projected_gradients = False

@@ -63,7 +63,7 @@ Taken = dict[tuple[str, bool], list[tuple[float, float]]]  # seconds and CPU sec
 
 def make_config(model: str, tokens: int, name: str) -> Config:
     method = "galore" if name.startswith("galore") or name.endswith("projected") else "full"
-    config = llama_configs.get_config(f"{model},method={method}")
+    config: Config = llama_configs.get_config(f"{model},method={method}")
     config.batch_size = config.micro_batch_size = tokens // LENGTH
     config.data.seq_len = LENGTH
     config.dtype = config.param_dtype = "float32"
@@ -149,7 +149,8 @@ def compile_steps(name: str, config: Config, batch: Batch) -> tuple[Any, dict[bo
     state = jax.jit(experiment.init)(jax.random.key(0))
     if name.startswith("gradients"):
         if experiment.mode.projected:  # no step will compute projectors
-            refresh: Any = jax.jit(experiment.optimizer.refresh)
+            tx: Any = experiment.optimizer
+            refresh = jax.jit(tx.refresh)
             state = state._replace(opt_state=refresh(state.params, state.opt_state, state.params))
         program = jax.jit(steps[False]).lower(state, batch).compile()
         return state, {False: lambda state, batch: (state, program(state, batch))}
