@@ -40,7 +40,7 @@ def main(argv: list[str]) -> int:
 def _run(argv: list[str]) -> int:
     from galore_jax.memory import compare, fit, plot, report
     from galore_jax.models.llama import count_params
-    from galore_jax.training.command import parse
+    from galore_jax.training.cli import parse
     from galore_jax.training.experiment import make_experiment
 
     own, rest = _own_flags(argv)

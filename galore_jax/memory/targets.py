@@ -14,6 +14,7 @@ import jax
 from jax.experimental import topologies
 
 from galore_jax.errors import UserError
+from galore_jax.quiet_cuda import quiet_cuda
 
 # Without the card, the compiler cannot time kernels to choose among them.
 _GPU_FLAGS = ("--xla_gpu_autotune_level=0", "--xla_gpu_enable_triton_gemm=false")
@@ -64,6 +65,8 @@ def prepare_process() -> None:
     given = os.environ.get("XLA_FLAGS", "").split()
     added = [flag for flag in _GPU_FLAGS if flag.split("=")[0] not in " ".join(given)]
     os.environ["XLA_FLAGS"] = " ".join([*given, *added])
+    with quiet_cuda():
+        jax.devices()
 
 
 def find_target(name: str) -> Target:

@@ -20,14 +20,14 @@ from galore_jax.training.progress import Progress, format_count, format_duration
 from galore_jax.training.signals import StopRequest
 from galore_jax.training.step import NORMS, TrainState, all_finite, make_eval_step
 from galore_jax.training.tasks import perplexity
-from galore_jax.training.workdir import claim, config_json
+from galore_jax.training.workdir import check_writable, claim, config_json
 
 
 def train(config: Config, workdir: Path) -> None:
     """Trains as ``config`` says, in ``workdir``; resumes what is there.
 
     Writes ``config.json``, ``versions.json``, ``metrics.jsonl`` and ``checkpoints/`` to the
-    workdir. SIGTERM and SIGINT end the run after the update under way, with a checkpoint.
+    workdir. SIGTERM, SIGINT and SIGHUP end the run after the update under way, with a checkpoint.
 
     Args:
       config: every key of ``configs/base.py``.
@@ -57,6 +57,7 @@ def train(config: Config, workdir: Path) -> None:
                     "another --workdir"
                 )
                 return
+            check_writable(workdir)
             run = _Run(experiment, data, saved, stop)
             with contextlib.closing(run.batches):
                 run.compile()

@@ -118,6 +118,8 @@ def _alias(
         arguments["muon_weight_dimension_numbers"] = lambda params: jax.tree.map(
             lambda is_matrix: numbers if is_matrix else None, find_matrices(params)
         )
+    if "key" in parameters:  # noisy_sgd
+        arguments["key"] = jax.random.key(config.seed)
     for key in _SETTINGS:
         value, name = settings[key], own_names.get(key, key)
         if name in parameters and value is not None:

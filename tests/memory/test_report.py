@@ -20,7 +20,7 @@ from galore_jax.memory import (
 )
 from galore_jax.memory.compile import DoesNotFit
 from galore_jax.memory.count import STATE_ROWS, count_rows
-from galore_jax.training.command import parse
+from galore_jax.training.cli import parse
 from galore_jax.training.experiment import make_experiment
 
 CPU = targets.find_target("cpu")

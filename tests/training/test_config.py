@@ -42,6 +42,9 @@ def optimizer_of(config):
         ("schedule.peak_lr", 0.0, "must be greater than 0"),
         ("schedule.final_lr_ratio", 1.5, "must be from 0 to 1"),
         ("optimizer.clip_norm", -1.0, "must be greater than 0"),
+        ("galore.projector_dtype", "nonsense", "must be None or bfloat16 or float16 or float32"),
+        ("galore.projector_dtype", "int8", "must be None or bfloat16 or float16 or float32"),
+        ("galore.target_modules", ("attn", "mlp("), r"'mlp\(', no regular expression: missing"),
     ],
 )
 def test_bad_values(key, value, message):

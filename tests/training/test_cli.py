@@ -7,7 +7,7 @@ import pytest
 from tiny import ROOT
 
 from galore_jax.errors import UserError
-from galore_jax.training.command import parse
+from galore_jax.training.cli import parse
 
 
 def parse_flags(*flags):
@@ -69,6 +69,20 @@ def test_mistakes(flags, message):
     with pytest.raises(UserError, match=message) as caught:
         parse_flags(*flags)
     assert "\n" not in str(caught.value)
+
+
+def test_values_are_of_the_type_of_the_default():
+    config = parse_flags(
+        "--config.remat=true", "--config.tensorboard=0", "--config.train_steps", "7",
+        "--config.galore.scale=1", "--config.galore.target_modules=('attn',)",
+        "--config.optimizer.b1=0.5", "--config.optimizer.clip_norm=None",
+        "--config.projected_gradients=False", "--config.optimizer.name=lion",
+    ).config  # fmt: skip
+    assert (config.remat, config.tensorboard, config.train_steps) == (True, False, 7)
+    assert type(config.galore.scale) is float
+    assert config.galore.target_modules == ("attn",)
+    assert (config.optimizer.b1, config.optimizer.clip_norm) == (0.5, None)
+    assert (config.projected_gradients, config.optimizer.name) == (False, "lion")
 
 
 def test_configs_are_found_from_any_folder(tmp_path, monkeypatch):
