@@ -1,6 +1,5 @@
 """The training run: from a config and a folder to a trained model, resumable at any moment."""
 
-import contextlib
 import math
 import time
 from pathlib import Path
@@ -9,6 +8,7 @@ from typing import Any, NoReturn
 import jax
 import numpy as np
 
+from galore_jax.data.batches import Batches, TextData
 from galore_jax.errors import UserError
 from galore_jax.memory import compiled_plan, memory_table
 from galore_jax.memory.fit import check_fit, compile_steps
@@ -58,20 +58,18 @@ def train(config: Config, workdir: Path) -> None:
                 )
                 return
             check_writable(workdir)
-            run = _Run(experiment, data, saved, stop)
-            with contextlib.closing(run.batches):
+            with data.train_batches(batch_size=config.batch_size, seed=config.seed) as batches:
+                run = _Run(experiment, data, batches, saved, stop)
                 run.compile()
                 if restored is None:
-                    state = jax.jit(experiment.init)(jax.random.key(config.seed))
+                    state, resume_step = jax.jit(experiment.init)(jax.random.key(config.seed)), None
                 else:
-                    state = run.resume(restored)
+                    state, resume_step = run.resume(restored), restored.step
                 if not stop.requested:
                     write_run_record(workdir, config_json(config), first=restored is None)
                     with (
                         MetricsLog(
-                            workdir,
-                            resume_step=None if restored is None else restored.step,
-                            tensorboard=config.tensorboard,
+                            workdir, resume_step=resume_step, tensorboard=config.tensorboard
                         ) as metrics,
                         Progress(config.train_steps, start=run.step) as progress,
                     ):
@@ -82,10 +80,16 @@ def train(config: Config, workdir: Path) -> None:
 class _Run:
     """A run under way: its compiled steps and how far it has come."""
 
-    def __init__(self, experiment: Experiment, data: Any, saved: Checkpoints, stop: StopRequest):
-        self.experiment, self.config = experiment, (config := experiment.config)
-        self.data, self.saved, self.stop = data, saved, stop
-        self.batches = data.train_batches(batch_size=config.batch_size, seed=config.seed)
+    def __init__(
+        self,
+        experiment: Experiment,
+        data: TextData,
+        batches: Batches,
+        saved: Checkpoints,
+        stop: StopRequest,
+    ):
+        self.experiment, self.config = experiment, experiment.config
+        self.data, self.batches, self.saved, self.stop = data, batches, saved, stop
         self.step = 0
         self.tokens = 0
         self.seconds = 0.0
@@ -211,13 +215,14 @@ class _Run:
         """Mean loss over the held-out targets: each counts alike, whatever batch it is in."""
         self.owes_evaluation = True
         total, counted = [], 0
-        for batch in self.data.eval_batches(batch_size=self.config.micro_batch_size):
-            if self.stop.requested and self.step < self.config.train_steps:
-                return
-            total.append(self.eval_step(state.params, batch))
-            counted += int(np.sum(batch["targets"] >= 0))
-            if counted >= self.config.eval_tokens:
-                break
+        with self.data.eval_batches(batch_size=self.config.micro_batch_size) as batches:
+            for batch in batches:
+                if self.stop.requested and self.step < self.config.train_steps:
+                    return
+                total.append(self.eval_step(state.params, batch))
+                counted += int(self.experiment.task.count(batch))
+                if counted >= self.config.eval_tokens:
+                    break
         if not counted:
             raise UserError(f"the held-out part of {self.data.source} has nothing to predict")
         self.eval_loss = math.fsum(jax.device_get(total)) / counted
