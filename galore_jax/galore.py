@@ -199,7 +199,7 @@ def _wrap(optimizer: optax.GradientTransformation, options: CheckedOptions) -> G
         )
         projectors = jax.tree.map(options.no_projector, params, specs)
         inner = per_matrix(proxies, specs)
-        find_copies(inner.init, proxies, specs)  # raises where the state could not follow
+        find_copies(optimizer.init, proxies, specs)  # raises where the state could not follow
         inner_state = inner.init(proxies)
         if options.rotate_moments and jax.tree.leaves(projectors):
             warn_without_first_moments(inner_state)
@@ -231,7 +231,7 @@ def _wrap(optimizer: optax.GradientTransformation, options: CheckedOptions) -> G
         stored, inner_state = new_projectors(True, gradients, state, specs)
         low = on_matrices(low_rank_gradient, specs, gradients, dense(stored))
         inner, both = per_matrix(low, specs), (dense(state.projector), dense(stored))
-        if copies := find_copies(inner.init, low, specs):
+        if copies := find_copies(optimizer.init, low, specs):
             _, inner_state = copies.follow(
                 inner.init, inner_state, params, both, specs, options.scale, state.count
             )
@@ -258,7 +258,7 @@ def _wrap(optimizer: optax.GradientTransformation, options: CheckedOptions) -> G
 
         # N = optimizer(R), which sees P^T W
         inner = per_matrix(low, specs)
-        copies = find_copies(inner.init, low, specs)
+        copies = find_copies(optimizer.init, low, specs)
         low_params = params
         if copies:
             both = (dense(state.projector), projectors)
