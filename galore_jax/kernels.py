@@ -125,8 +125,8 @@ def _projected_product(
 
 
 def _product_forward(side, out_dtype, x, kernel, projector, variable):
-    del side
-    return _product(x, kernel, out_dtype), (x, kernel, projector, variable)
+    saved = x, kernel, projector, variable
+    return _projected_product(side, out_dtype, *saved), saved  # a derivative of this comes here too
 
 
 def _product_backward(side, out_dtype, saved, dy):
@@ -149,12 +149,8 @@ def _transposed_product(
 
 
 def _transposed_forward(side, dy, kernel, projector, variable):
-    return _transposed_product(side, dy, kernel, projector, variable), (
-        dy,
-        kernel,
-        projector,
-        variable,
-    )
+    saved = dy, kernel, projector, variable
+    return _transposed_product(side, *saved), saved
 
 
 def _transposed_backward(side, saved, dx):
