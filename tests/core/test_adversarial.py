@@ -10,6 +10,7 @@ import numpy as np
 import optax
 import pytest
 from flax import nnx
+from jax.sharding import AxisType
 from jax.sharding import PartitionSpec as P
 
 from galore_jax import galore, galore_adafactor, linear, projected_value_and_grad
@@ -129,7 +130,7 @@ def test_a_link_before_galore_is_told_that_its_norm_is_another():
 
 def test_projected_gradients_inside_shard_map_with_its_checks():
     _, state = refreshed()
-    mesh = jax.make_mesh((1,), ("data",))
+    mesh = jax.make_mesh((1,), ("data",), axis_types=(AxisType.Auto,))
 
     def step(params, state, x):
         _, grads = projected_value_and_grad(loss_fn)(params, state, x)
