@@ -38,7 +38,7 @@ def scale_by_adam8bit(
     differ from the paper, where small relative second moments round to zero beside a first moment
     that does not, and where changes smaller than half a code (``1 - b2`` is a thousandth, a code a
     hundredth) are lost, so that moments stick: the root, and dithered rounding
-    (:func:`galore_jax.quantization.dithering`, a function of the step count alone).
+    (``galore_jax.quantization.dithering``, a function of the step count alone).
 
     Args:
       b1, b2, eps, eps_root, nesterov: see ``optax.scale_by_adam``.
@@ -47,7 +47,7 @@ def scale_by_adam8bit(
 
     Returns:
       A transformation with an ``optax.ScaleByAdamState``, whose ``mu`` and ``nu`` hold a
-      :class:`~galore_jax.quantization.Quantized` for each leaf that is not small. Updates have the
+      ``Quantized`` for each leaf that is not small. Updates have the
       gradients' dtypes.
 
     Raises:
@@ -140,11 +140,11 @@ def adamw8bit(
     min_8bit_size: int = 4096,
     nesterov: bool = False,
 ) -> optax.GradientTransformationExtraArgs:
-    """``optax.adamw`` with 8-bit moments, see :func:`scale_by_adam8bit`.
+    """``optax.adamw`` with 8-bit moments, see ``scale_by_adam8bit``.
 
     Args:
       learning_rate, b1, b2, eps, eps_root, weight_decay, mask, nesterov: see ``optax.adamw``.
-      block_size, min_8bit_size: see :func:`scale_by_adam8bit`. For ``optax.inject_hyperparams``
+      block_size, min_8bit_size: see ``scale_by_adam8bit``. For ``optax.inject_hyperparams``
         name both in ``static_args``.
 
     >>> import jax.numpy as jnp

@@ -1,16 +1,14 @@
 r"""Products with kernels, and with stand-ins that say themselves how they multiply.
 
-A model multiplies by :func:`linear`. In a kernel's place among its params may be a
-:class:`ProjectedKernel`, whose gradient is born projected: for ``y = x W`` the weight's gradient is
-:math:`x^\top dy`, and GaLore needs only its projection R, which need not go by way of it:
+A model multiplies by ``linear``. In a kernel's place among its params may be a
+``ProjectedKernel``, whose gradient is born projected: for ``y = x W`` the weight's gradient is
+$x^\top dy$, and GaLore needs only its projection R, which need not go by way of it:
 
-=====  ============================  ========================
-side   low-rank gradient R           products, T tokens
-=====  ============================  ========================
-left   :math:`(x P)^\top dy`         ``2 T r (m + n)`` FLOPs
-right  :math:`x^\top (dy\, P)`       ``2 T r (m + n)``
-both   :math:`(x P)^\top (dy\, Q)`   ``2 T r (m + n + r)``
-=====  ============================  ========================
+| side | low-rank gradient R | products, T tokens |
+|---|---|---|
+| left | $(x P)^\top dy$ | ``2 T r (m + n)`` FLOPs |
+| right | $x^\top (dy\, P)$ | ``2 T r (m + n)`` |
+| both | $(x P)^\top (dy\, Q)$ | ``2 T r (m + n + r)`` |
 
 in place of ``2 T m n``. No array of the kernel's size is made on the way. It is the projection of
 Zhao et al. 2024 (arXiv:2403.03507), section 3, moved past the sum over the tokens.
@@ -37,7 +35,7 @@ class KernelStandIn(Protocol):
 
 
 def linear(x: jax.Array, kernel: Any, out_dtype: jax.typing.DTypeLike | None = None) -> jax.Array:
-    """Computes ``x @ kernel``, for an array or a :class:`KernelStandIn`.
+    """Computes ``x @ kernel``, for an array or a ``KernelStandIn``.
 
     Args:
       x: ``(..., m)``; its dtype is the dtype of the product's operands, forward and backward.
@@ -67,15 +65,15 @@ def linear(x: jax.Array, kernel: Any, out_dtype: jax.typing.DTypeLike | None = N
 )
 @dataclasses.dataclass(frozen=True)
 class ProjectedKernel:
-    r"""A kernel with a low-rank variable Z of zeros, :math:`W + P Z`.
+    r"""A kernel with a low-rank variable Z of zeros, $W + P Z$.
 
     The derivative with respect to Z is the projected gradient, and so is every higher one. The
     kernel itself counts as a constant.
 
     Attributes:
       kernel: (..., m, n).
-      projector: P, as it is stored (shapes: :mod:`galore_jax.projection`).
-      gradient: a :class:`~galore_jax.projection.ProjectedGradient` of zeros, the variable Z.
+      projector: P, as it is stored (shapes: ``galore_jax.projection``).
+      gradient: a ``ProjectedGradient`` of zeros, the variable Z.
     """
 
     kernel: Any
@@ -90,7 +88,7 @@ class ProjectedKernel:
 
 
 def is_projected_kernel(node: Any) -> bool:
-    """Tells whether a node of a tree is a :class:`ProjectedKernel`, for ``is_leaf``.
+    """Tells whether a node of a tree is a ``ProjectedKernel``, for ``is_leaf``.
 
     >>> is_projected_kernel({})
     False
@@ -106,8 +104,8 @@ def detached(kernel: Any) -> Any:
     """
     if not is_projected_kernel(kernel):
         return kernel
-    kernel, projector = jax.lax.stop_gradient((kernel.kernel, kernel.projector)), kernel.gradient
-    return ProjectedKernel(*kernel, projector)
+    weights, projector = jax.lax.stop_gradient((kernel.kernel, kernel.projector))
+    return dataclasses.replace(kernel, kernel=weights, projector=projector)
 
 
 def _product(x: jax.Array, kernel: jax.Array, out_dtype: Any) -> jax.Array:
@@ -191,6 +189,6 @@ def _varying_as(x: jax.Array, tree: Any) -> Any:
             return leaf
         if hasattr(jax.lax, "pcast"):
             return jax.lax.pcast(leaf, more, to="varying")
-        return jax.lax.pvary(leaf, more)  # before jax 0.8
+        return getattr(jax.lax, "pvary")(leaf, more)  # noqa: B009  # before jax 0.8
 
     return jax.tree.map(vary, tree) if axes else tree

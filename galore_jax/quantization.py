@@ -1,22 +1,20 @@
 r"""Arrays in 8 or 4 bits: codes of the array's own shape, and a float32 scale for each block.
 
 A block is a tile of at most ``block_size`` values of the last two axes, mostly neighbours along the
-last, see :func:`block_shape`. Axes before these are never joined: slicing and mapping a stack of
+last, see ``block_shape``. Axes before these are never joined: slicing and mapping a stack of
 matrices does the same to codes and scales. The scale of a block is its largest
 magnitude, and a code stands for a value of its encoding times that:
 
-================  =====  ==================================================================
-encoding          codes  values
-================  =====  ==================================================================
-dynamic           int8   the signed dynamic map of Dettmers et al. 2022, arXiv:2110.02861
-dynamic_unsigned  uint8  its unsigned map
-dynamic_root      uint8  squares of the unsigned map
-int8              int8   :math:`k / 127`, :math:`-127 \le k \le 127`
-int4              int4   :math:`k / 7`, :math:`-7 \le k \le 7`
-================  =====  ==================================================================
+| encoding | codes | values |
+|---|---|---|
+| dynamic | int8 | the signed dynamic map of Dettmers et al. 2022, arXiv:2110.02861 |
+| dynamic_unsigned | uint8 | its unsigned map |
+| dynamic_root | uint8 | squares of the unsigned map |
+| int8 | int8 | $k / 127$, $-127 \le k \le 127$ |
+| int4 | int4 | $k / 7$, $-7 \le k \le 7$ |
 
-The dynamic maps divide each decade :math:`[10^{-d-1}, 10^{-d}]`, d from 0 to 6, evenly into
-:math:`2^{6-d}` bins (the unsigned one into twice as many), whose middles are their values, along
+The dynamic maps divide each decade $[10^{-d-1}, 10^{-d}]$, d from 0 to 6, evenly into
+$2^{6-d}$ bins (the unsigned one into twice as many), whose middles are their values, along
 with 0 and 1. A value is found, and a code decoded, by arithmetic: no table is searched or gathered
 from. ``dynamic_root`` encodes the square root: a second moment enters Adam under a root, so that is
 where its precision is wanted, and it reaches over 14 decades, not 7. Zero has the code zero.
@@ -53,7 +51,7 @@ class Quantized:
 
     Attributes:
       codes: of the array's shape; int8, uint8 or int4.
-      scales: float32; of the array's shape with the last two axes divided by :func:`block_shape`,
+      scales: float32; of the array's shape with the last two axes divided by ``block_shape``,
         rounded up.
       encoding: what the codes stand for.
       block_size: the most values that share a scale.
@@ -71,7 +69,7 @@ class Quantized:
 
 
 def is_quantized(node: Any) -> bool:
-    """Whether a node is a :class:`Quantized`, as ``is_leaf`` of ``jax.tree`` takes it.
+    """Whether a node is a ``Quantized``, as ``is_leaf`` of ``jax.tree`` takes it.
 
     >>> is_quantized(1.0)
     False
@@ -141,7 +139,7 @@ def quantize(
       noise: of the array's shape, uniform in [0, 1): of the two neighbouring values the upper is
         taken in proportion to nearness, so that the mean is the value itself (its root for
         ``dynamic_root``). None rounds to nearest.
-      scales: :func:`block_scales` of the array where they are known already.
+      scales: ``block_scales`` of the array where they are known already.
 
     Returns:
       The quantised array. What is not finite makes its whole block NaN.
@@ -177,10 +175,10 @@ def quantize(
 def block_scales(
     array: jax.Array, encoding: Encoding = "dynamic", *, block_size: int = BLOCK_SIZE
 ) -> jax.Array:
-    """The scales that :func:`quantize` gives an array: each block's largest magnitude, float32.
+    """The scales that ``quantize`` gives an array: each block's largest magnitude, float32.
 
     Raises:
-      TypeError, ValueError: see :func:`quantize`.
+      TypeError, ValueError: see ``quantize``.
 
     >>> import jax.numpy as jnp
     >>> block_scales(jnp.array([0.0, -8.0, 2.0])).tolist()
@@ -211,7 +209,7 @@ def quantized_zeros(
     encoding: Encoding,
     block_size: int = BLOCK_SIZE,
 ) -> Quantized:
-    """Zeros, sharded as the given axes of a leaf, see :func:`galore_jax.sharding.zeros_beside`.
+    """Zeros, sharded as the given axes of a leaf, see ``galore_jax.sharding.zeros_beside``.
 
     >>> import jax.numpy as jnp
     >>> quantized_zeros(jnp.ones((8, 600)), (0, 1), (8, 600), "dynamic").scales.shape
@@ -282,7 +280,7 @@ def quantize_like(old: Any, new: Any) -> Any:
 
 
 def dithering(shape: tuple[int, ...], count: jax.typing.ArrayLike) -> jax.Array:
-    """Noise for :func:`quantize` that sweeps [0, 1) evenly in time: a golden-ratio sequence.
+    """Noise for ``quantize`` that sweeps [0, 1) evenly in time: a golden-ratio sequence.
 
     Each value starts from a hash of its index, and moves by the golden ratio with the count. A
     change too small for the code is then made once in so many updates, nearly as exactly as if the

@@ -23,7 +23,7 @@ def apply_updates(
     A bfloat16 weight has eight bits: rounded to nearest, an update below a 256th to a 512th of it
     is lost, every time. Stochastic rounding takes the upper neighbour in proportion to nearness, so
     that weights move by the updates on average. Its noise is
-    :func:`galore_jax.quantization.dithering`, a function of the count alone.
+    ``galore_jax.quantization.dithering``, a function of the count alone.
 
     Args:
       params: the weights; those of other dtypes than bfloat16 are rounded to nearest.

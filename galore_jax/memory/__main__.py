@@ -68,9 +68,10 @@ def _run(argv: list[str]) -> int:
         own.json.write_text(json.dumps({"format": 1, "reports": as_json, **more}, indent=2) + "\n")
         print(f"written: {own.json}")
     if own.plot is not None:
-        size = f"{count_params(experiment.abstract_state().params) / 1e6:,.1f}M parameters"
+        billions = count_params(experiment.abstract_state().params) / 1e9
+        size = f"{billions:.2f}B" if billions >= 1 else f"{1000 * billions:.2f}M"
         step = f"{config.batch_size} x {config.data.seq_len} tokens, rank {config.galore.rank}"
-        plot.plot(reports, own.plot, f"Memory of a training step: {size}, {step}")
+        plot.plot(reports, own.plot, f"Memory of a training step: {size} parameters, {step}")
         print(f"written: {own.plot}")
     if own.compare or reports[0].fits is not False:
         return 0

@@ -40,7 +40,7 @@ def compare(
     The numbers beside the reports are what GaLore saves of AdamW's memory, as parts of 1.
 
     Raises:
-      UserError: see :func:`galore_jax.memory.report.make_report`.
+      UserError: see ``galore_jax.memory.report.make_report``.
     """
     reports = {}
     for method, changes in METHODS.items():
@@ -92,10 +92,7 @@ def _lora_report(experiment: Experiment, adamw: Report) -> Report:
 
 
 def table(reports: list[Report], savings: dict[str, float]) -> str:
-    """The methods as lines of text, and the savings beside the paper's.
-
-    Sizes are in GiB of 2^30 or MiB of 2^20.
-    """
+    """The methods, in GiB of 2^30 or MiB of 2^20, and the savings beside the paper's, as text."""
     unit, unit_bytes = unit_for(max(report.peak for report in reports))
     head = ("weights", "gradients", "state", "activations", "peak")
     lines = [f"{unit:<30}" + "".join(f"{name:>13}" for name in head)]

@@ -62,10 +62,10 @@ def parse(argv: list[str], *, usage: str, configs: Path) -> Arguments | None:
     config = _load(file, configs)
     for key, value in overrides.items():
         _override(config, key, value, configs)
-    name, _, arg = file.partition(":")
+    stem, _, arg = file.partition(":")
     rows = [item for item in arg.split(",") if item and "=" not in item]
-    default = "-".join([Path(name).stem, *rows, config.method, config.optimizer.name])
-    default = Path("runs") / default
+    name = "-".join([Path(stem).stem, *rows, config.method, config.optimizer.name])
+    default = Path("runs") / name
     return Arguments(config, Path(workdir).expanduser() if workdir else default)
 
 
@@ -110,9 +110,9 @@ def _load(file: str, configs: Path) -> Any:
     """Makes the config of ``FILE`` or ``FILE:ARGUMENTS``, which is found from any folder."""
     name, _, arg = file.partition(":")
     path = next((p for p in (Path(name), configs.parent / name) if p.is_file()), None)
-    size = Path(name).stem.removeprefix("llama_")
-    if path is None and size != Path(name).stem:
-        now = ",".join(filter(None, [f"configs/llama.py:{size}", arg]))
+    old_name = re.fullmatch(r"llama_(\w+)", Path(name).stem)
+    if path is None and old_name:
+        now = ",".join(filter(None, [f"configs/llama.py:{old_name[1]}", arg]))
         raise UserError(f"--config={file} is --config={now} now")
     if path is None:
         known = ", ".join(path.name for path in _files(configs))

@@ -16,7 +16,7 @@ from galore_jax.weights import path_filter
 
 Config = Any  # an ml_collections.ConfigDict with the keys of configs/base.py
 
-_AT_LEAST_ONE = [
+_AT_LEAST_ONE = (
     "train_steps",
     "batch_size",
     "micro_batch_size",
@@ -26,16 +26,21 @@ _AT_LEAST_ONE = [
     "galore.rank",
     "galore.update_proj_gap",
     "galore.power_iterations",
-]
-_AT_LEAST_ZERO = [
+)
+_AT_LEAST_ZERO = (
     "eval_every_steps",
     "checkpoint_every_steps",
     "schedule.warmup_steps",
     "optimizer.eps",
     "optimizer.weight_decay",
     "seed",
-]
-_POSITIVE = ["schedule.peak_lr", "optimizer.clip_norm", "optimizer.matrix_lr_scale", "galore.scale"]
+)
+_POSITIVE = (
+    "schedule.peak_lr",
+    "optimizer.clip_norm",
+    "optimizer.matrix_lr_scale",
+    "galore.scale",
+)
 _DTYPES = ("bfloat16", "float16", "float32")
 _CHOICES = {
     "dtype": _DTYPES,

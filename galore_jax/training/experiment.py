@@ -84,7 +84,7 @@ class Experiment:
         return self.config.method == "galore" and count % self.config.galore.update_proj_gap == 0
 
     def train_steps(self) -> dict[bool, Step]:
-        """Makes the pure steps of a run, by what :meth:`refreshes` gives.
+        """Makes the pure steps of a run, by what ``refreshes`` gives.
 
         Compiled apart, ordinary steps contain no decomposition.
         """

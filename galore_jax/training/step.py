@@ -41,14 +41,14 @@ class Mode:
 
     Attributes:
       updates: ``"standard"``, all gradients before all updates; ``"layerwise"``, each layer's
-        update as soon as its gradient exists, see :mod:`galore_jax.training.layerwise`.
+        update as soon as its gradient exists, see ``galore_jax.training.layerwise``.
       projected: whether ordinary steps take the projected gradients of the blocks' kernels.
       proj_type: GaLore's.
       micro_batches: the number of equal parts of a batch, whose gradients add up in float32.
       refresh_from: where new projectors come from with projected gradients: ``"batch"``, the full
         gradient of the whole batch, or ``"micro_batch"``, that of its first micro-batch, so that
         the full gradient is never added up in float32.
-      rounding: of bfloat16 weights, see :func:`galore_jax.rounding.apply_updates`.
+      rounding: of bfloat16 weights, see ``galore_jax.rounding.apply_updates``.
       side_by_side: layerwise, whether all micro-batches go through a layer before the next one's
         turn, which keeps the blocks' inputs of the whole batch. Otherwise, with projected gradients
         alone, one goes through all layers after the other: that keeps the float32 sums of all

@@ -191,11 +191,25 @@ def test_bad_input_is_one_line(flags, named, monkeypatch, capsys):
     assert error.count("\n") == 1
 
 
-def test_a_card_of_ones_own_must_be_complete(tmp_path):
+CARD = '[mine]\nlabel = "Mine"\nplatform = "cuda"\nmemory = 8_000_000_000\n'
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        (CARD, "lacks 'compute_capability'"),
+        (CARD + 'compute_capability = "89"\n', "is not like galore_jax/memory/targets.toml"),
+        (CARD.replace("cuda", "rocm"), "platform must be cuda or tpu, got 'rocm'"),
+        (CARD + "[other]\n", "must have one table, it has 2"),
+        ("[mine", "is not like galore_jax/memory/targets.toml"),
+    ],
+)
+def test_a_card_of_ones_own_must_be_complete(text, message, tmp_path):
     card = tmp_path / "mine.toml"
-    card.write_text('[mine]\nlabel = "Mine"\nplatform = "cuda"\nmemory = 8_000_000_000\n')
-    with pytest.raises(UserError, match="lacks 'compute_capability'"):
+    card.write_text(text)
+    with pytest.raises(UserError, match=message) as caught:
         targets.find_target(str(card))
+    assert "\n" not in str(caught.value)
 
 
 def test_plot_needs_a_known_ending(tmp_path):

@@ -1,6 +1,6 @@
-"""Trains with each basis, with and without transport, from several seeds, and writes a table.
+"""Trains with each projector, from several seeds, and writes a table.
 
-  python benchmarks/bases.py --out=docs/bases_sample.md     (some three hours on two cores)
+  python benchmarks/projectors.py --out=docs/projectors_sample.md   (some three hours on two cores)
 
 Each run is ``train.py`` with overrides in a folder of its own under ``--workdir``: what is complete
 is not run again.
@@ -17,45 +17,45 @@ from typing import NamedTuple
 
 from sample_runs import final_eval_loss, train
 
-# basis, update_proj_gap, and whether first moments are transported
+# projector, update_proj_gap, and whether first moments are rotated
 RUNS = (
     "svd:50",
     "eigh:50",
     "subspace_iteration:50",
     "subspace_iteration:10",
-    "subspace_iteration:10:transport",
+    "subspace_iteration:10:rotate",
     "eigh:10",
-    "eigh:10:transport",
-    "subspace_iteration:50:transport",
+    "eigh:10:rotate",
+    "subspace_iteration:50:rotate",
     "randomized:50",
     "random:50",
-    "eigh:50:transport",
+    "eigh:50:rotate",
 )
 
 
 class Variant(NamedTuple):
     """A row of the table."""
 
-    basis: str
+    projector: str
     gap: int
-    transport: bool
+    rotate: bool
 
     @classmethod
     def parse(cls, text: str) -> "Variant":
-        """From ``BASIS:GAP`` or ``BASIS:GAP:transport``."""
-        basis, gap, *rest = text.split(":")
-        if rest not in ([], ["transport"]):
-            raise ValueError(f"{text!r} is not BASIS:GAP or BASIS:GAP:transport")
-        return cls(basis, int(gap), bool(rest))
+        """From ``PROJECTOR:GAP`` or ``PROJECTOR:GAP:rotate``."""
+        projector, gap, *rest = text.split(":")
+        if rest not in ([], ["rotate"]):
+            raise ValueError(f"{text!r} is not PROJECTOR:GAP or PROJECTOR:GAP:rotate")
+        return cls(projector, int(gap), bool(rest))
 
 
 def eval_loss(config: str, workdir: Path, variant: Variant, seed: int) -> float:
-    folder = workdir / f"{variant.basis}-T{variant.gap}-transport{variant.transport}-seed{seed}"
+    folder = workdir / f"{variant.projector}-T{variant.gap}-rotate{variant.rotate}-seed{seed}"
     overrides = {
         "seed": seed,
-        "galore.basis": variant.basis,
+        "galore.projector": variant.projector,
         "galore.update_proj_gap": variant.gap,
-        "galore.transport": variant.transport,
+        "galore.rotate_moments": variant.rotate,
     }
     if train(config, folder, overrides) != 0:
         raise SystemExit(f"{folder}: the run failed")
@@ -66,9 +66,9 @@ def row(variant: Variant, losses: list[float], base: float) -> str:
     mean = statistics.mean(losses)
     spread = statistics.stdev(losses) if len(losses) > 1 else float("nan")
     cells = [
-        variant.basis,
+        variant.projector,
         str(variant.gap),
-        "yes" if variant.transport else "no",
+        "yes" if variant.rotate else "no",
         *(f"{loss:.4f}" for loss in losses),
         f"{mean:.4f}",
         f"{spread:.4f}",
@@ -82,9 +82,9 @@ def main() -> None:
         description=__doc__, formatter_class=argparse.RawTextHelpFormatter
     )
     parser.add_argument("--config", default="configs/sample.py")
-    parser.add_argument("--runs", type=Variant.parse, nargs="+", help="BASIS:GAP[:transport]")
+    parser.add_argument("--runs", type=Variant.parse, nargs="+", help="PROJECTOR:GAP[:rotate]")
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
-    parser.add_argument("--workdir", type=Path, default=Path("runs/bases"))
+    parser.add_argument("--workdir", type=Path, default=Path("runs/projectors"))
     parser.add_argument("--out", type=Path, required=True, help="the Markdown table to write")
     arguments = parser.parse_args()
     arguments.out.parent.mkdir(parents=True, exist_ok=True)
@@ -96,18 +96,18 @@ def main() -> None:
         seeds = arguments.seeds[: len(losses)]
         base = statistics.mean(next(iter(table.values())))
         lines = [
-            f"# Bases and transport: {arguments.config}",
+            f"# Training with each projector: {arguments.config}",
             "",
-            "    " + shlex.join(["python", "benchmarks/bases.py", *sys.argv[1:]]),
+            "    " + shlex.join(["python", "benchmarks/projectors.py", *sys.argv[1:]]),
             "",
             f"Held-out loss in nats a token, jax {importlib.metadata.version('jax')}, CPU.",
             "Mean and standard deviation over the seeds; difference of the mean from the first's.",
             "",
-            "| basis | T | transport | "
+            "| projector | T | rotated moments | "
             + " | ".join(f"seed {s}" for s in seeds)
             + " | mean | standard deviation | difference |",
             "|---" * (len(seeds) + 6) + "|",
-            *(row(v, of_v, base) for v, of_v in table.items() if len(of_v) == len(losses)),
+            *(row(v, found, base) for v, found in table.items() if len(found) == len(losses)),
             "",
         ]
         arguments.out.write_text("\n".join(lines))
