@@ -103,18 +103,15 @@ class _Run:
         state = experiment.abstract_state()
         print("compiling", flush=True)
 
+        batch = experiment.abstract_batch(config.batch_size)
         lowered = {
-            refresh: jax.jit(step, donate_argnums=0).lower(
-                state, experiment.abstract_batch(config.batch_size)
-            )
+            refresh: jax.jit(step, donate_argnums=0).lower(state, batch)
             for refresh, step in experiment.train_steps().items()
         }
         self.train_steps = compile_steps(config, lowered)
-        self.eval_step = (
-            jax.jit(make_eval_step(experiment.stages, experiment.task))
-            .lower(state.params, experiment.abstract_batch(config.micro_batch_size))
-            .compile()
-        )
+        eval_step = jax.jit(make_eval_step(experiment.stages, experiment.task))
+        batch = experiment.abstract_batch(config.micro_batch_size)
+        self.eval_step = eval_step.lower(state.params, batch).compile()
         self.all_finite = jax.jit(all_finite)
         device = jax.local_devices()[0].device_kind
         plans = {
@@ -126,7 +123,7 @@ class _Run:
         print(f"compiled in {time.monotonic() - begun:.1f} s", flush=True)
 
     def resume(self, restored: Restored) -> TrainState:
-        """Takes up the position of a checkpoint."""
+        """Goes to the position of a checkpoint."""
         print(f"resuming from step {restored.step} of {self.config.train_steps}", flush=True)
         self.step = restored.step
         self.tokens, self.seconds = restored.data["tokens"], restored.data["seconds"]
@@ -184,35 +181,24 @@ class _Run:
             named = "".join(f" and {key} {value}" for key, value in norms.items())
             self._diverged(f"loss {self.loss}{named}")
         if step == 1 or step == self.config.train_steps or _due(step, self.config.log_every_steps):
-            tokens_per_second = speed.since_last()
-            line = {
-                "step": step,
-                "loss": numbers["loss"],
-                "learning_rate": numbers["learning_rate"],
-                **norms,
-                "tokens": self.tokens,
-                "tokens_per_second": tokens_per_second,
-                **self._memory(),
-            }
-            metrics.write(line)
-            progress.update(
-                step,
-                loss=self.loss,
-                learning_rate=float(numbers["learning_rate"]),
-                tokens_per_second=tokens_per_second,
-            )
+            rate, tokens_per_second = numbers["learning_rate"], speed.since_last()
+            line = {"step": step, "loss": numbers["loss"], "learning_rate": rate, **norms}
+            line |= {"tokens": self.tokens, "tokens_per_second": tokens_per_second}
+            metrics.write(line | self._memory())
+            shown = {"learning_rate": float(rate), "tokens_per_second": tokens_per_second}
+            progress.update(step, loss=self.loss, **shown)
         else:
             progress.update(step)
 
     def _memory(self) -> dict[str, int]:
-        """The plan, and the most that was in use so far where the device tells it, in bytes."""
+        """Returns the planned memory and the most used so far, in bytes, if the device tells it."""
         stats = jax.local_devices()[0].memory_stats() or {}
         if "peak_bytes_in_use" not in stats:
             return {}
         return {"planned_memory": self.planned_memory, "max_memory": stats["peak_bytes_in_use"]}
 
     def _evaluate(self, state: TrainState, metrics: MetricsLog, progress: Progress) -> None:
-        """Mean loss over the held-out targets: each counts alike, whatever batch it is in."""
+        """Writes the mean loss over held-out targets, which count alike whatever their batch."""
         self.owes_evaluation = True
         total, counted = [], 0
         with self.data.eval_batches(batch_size=self.config.micro_batch_size) as batches:
@@ -240,17 +226,10 @@ class _Run:
     def _save(self, state: TrainState) -> None:
         if not self.all_finite(state):
             self._diverged("weights or optimizer state that are not finite")
-        self.saved.save(
-            self.step,
-            state,
-            {
-                "batches": self.batches.get_state(),
-                "source": self.data.source,
-                "tokens": self.tokens,
-                "seconds": self.seconds,
-                "owes_evaluation": self.owes_evaluation,
-            },
-        )
+        position = {"batches": self.batches.get_state(), "source": self.data.source}
+        position |= {"tokens": self.tokens, "seconds": self.seconds}
+        position["owes_evaluation"] = self.owes_evaluation
+        self.saved.save(self.step, state, position)
 
     def _diverged(self, what: str) -> NoReturn:
         kept = self.saved.steps()
@@ -261,7 +240,7 @@ class _Run:
         )
 
     def last_words(self) -> str:
-        """What became of the run, in one line."""
+        """Says in one line what became of the run."""
         total = self.config.train_steps
         if self.step == 0:
             return f"stopped by {self.stop.name} before the first step: there is nothing to save"
@@ -278,7 +257,7 @@ class _Run:
 
 
 class _Speed:
-    """Tokens a second between two log lines, pauses left out."""
+    """Measures tokens a second between two log lines, without pauses."""
 
     def __init__(self):
         self._begun, self._tokens = time.monotonic(), 0
