@@ -92,17 +92,17 @@ def over_stacks(
         return optimizer
 
     def init(params: optax.Params) -> optax.OptState:
+        # Without their shardings: an explicit one cannot be mapped over.
+        shapes = jax.tree.map(lambda x: jax.ShapeDtypeStruct(jnp.shape(x), x.dtype), params)
         one = jax.tree.map(
-            lambda x, depth: jax.ShapeDtypeStruct(jnp.shape(x)[depth:], x.dtype), params, depths
+            lambda x, depth: jax.ShapeDtypeStruct(x.shape[depth:], x.dtype), shapes, depths
         )
-        state = jax.eval_shape(optimizer.init, one)
-        owners = _owners(optimizer, state, depths)
+        owners = _owners(optimizer, jax.eval_shape(optimizer.init, one), depths)
         on_stacks = _over_leaves(optimizer.init, depths, owners)
-        if _traced(on_stacks, params) is None:
+        if _traced(on_stacks, shapes) is None:
             return optimizer.init(params)
         # Zeros made on the stacks themselves are sharded as these are.
-        plain = jax.eval_shape(optimizer.init, params)
-        stacked = jax.eval_shape(on_stacks, params)
+        plain, stacked = (jax.eval_shape(init, shapes) for init in (optimizer.init, on_stacks))
         return optimizer.init(params) if plain == stacked else on_stacks(params)
 
     def update(

@@ -121,11 +121,11 @@ def check_fit(specs: Any, updates: Any, projectors: Any) -> None:
         if not is_projected_gradient(gradient):
             return
         wanted = spec and (spec.low_shape, spec.side)
-        if (jnp.shape(gradient.low_rank), gradient.side) != wanted:
+        found = (jnp.shape(gradient.low_rank), gradient.side)
+        if found != wanted:
             raise ValueError(
-                f"a gradient of shape {gradient.shape} comes projected on the side "
-                f"{gradient.side!r} to {jnp.shape(gradient.low_rank)}, where these settings "
-                f"have {wanted or 'no projection'}"
+                f"a gradient of shape {gradient.shape} comes projected to {found}, where these "
+                f"settings have {wanted or 'no projection'}"
             )
         if spec is not None and not spec.is_kernel:
             raise ValueError(
@@ -226,19 +226,17 @@ def projection_mask(
       params: a tree of arrays or shapes.
       target_modules: a regular expression, or several, searched for in each leaf's path. A leaf
         that matches and has two axes or more is projected, its last two axes being the matrix and
-        the leading ones a stack. None selects every leaf of exactly two axes. Leaves of integers
-        or bools are never projected.
-      stacked_modules: regular expressions on the paths of leaves whose first axis indexes layers:
-        it is none of the two.
+        the leading ones a stack. None selects every leaf of exactly two axes. Integers and bools
+        are never projected.
+      stacked_modules: patterns of leaves whose first axis indexes layers, and is none of the two.
       must_match: whether patterns that select nothing are an error.
 
     Returns:
       A tree of bools with the params' structure: a mask as Optax takes it.
 
     Raises:
-      TypeError: patterns that are no string and no sequence of strings.
-      ValueError: one that is no regular expression; patterns that select nothing (paths are
-        listed); a selected leaf of complex numbers.
+      TypeError, ValueError: patterns that are no strings, no regular expressions, or select
+        nothing (paths are listed); a selected leaf of complex numbers.
 
     >>> import jax.numpy as jnp
     >>> params = {"embed": jnp.ones((8, 4)), "mlp": {"kernel": jnp.ones((2, 4, 6))}}
