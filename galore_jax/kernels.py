@@ -125,8 +125,8 @@ def _projected_product(
 
 
 def _product_forward(side, out_dtype, x, kernel, projector, variable):
-    del side
-    return _product(x, kernel, out_dtype), (x, kernel, projector, variable)
+    saved = x, kernel, projector, variable
+    return _projected_product(side, out_dtype, *saved), saved  # a derivative of this comes here too
 
 
 def _product_backward(side, out_dtype, saved, dy):
@@ -149,12 +149,8 @@ def _transposed_product(
 
 
 def _transposed_forward(side, dy, kernel, projector, variable):
-    return _transposed_product(side, dy, kernel, projector, variable), (
-        dy,
-        kernel,
-        projector,
-        variable,
-    )
+    saved = dy, kernel, projector, variable
+    return _transposed_product(side, *saved), saved
 
 
 def _transposed_backward(side, saved, dx):
@@ -181,10 +177,10 @@ def _varying_as(x: jax.Array, tree: Any) -> Any:
 
     The transpose of that is the sum over these axes, as for any product with replicated weights.
     """
-    axes = getattr(jax.typeof(x), "vma", frozenset())
+    axes = _varying_axes(x)
 
     def vary(leaf: jax.Array) -> jax.Array:
-        more = tuple(axes - getattr(jax.typeof(leaf), "vma", frozenset()))
+        more = tuple(axes - _varying_axes(leaf))
         if not more:
             return leaf
         if hasattr(jax.lax, "pcast"):
@@ -192,3 +188,10 @@ def _varying_as(x: jax.Array, tree: Any) -> Any:
         return getattr(jax.lax, "pvary")(leaf, more)  # noqa: B009  # before jax 0.8
 
     return jax.tree.map(vary, tree) if axes else tree
+
+
+def _varying_axes(x: jax.Array) -> frozenset[Any]:
+    kind: Any = jax.typeof(x)
+    return (
+        kind.vma if hasattr(kind, "vma") else kind.manual_axis_type.varying
+    )  # vma before jax 0.10

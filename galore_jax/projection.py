@@ -156,8 +156,8 @@ def empty_projector(
     return jnp.zeros(shapes, dtype)
 
 
-def dense(projector: Any) -> Projector:
-    """Decodes a stored projector, or a tree of them, if it is quantised.
+def dense(projector: Any) -> Any:
+    """Decodes the quantised arrays of a projector, or of a tree.
 
     >>> import jax.numpy as jnp
     >>> dense(jnp.eye(2)).shape

@@ -147,8 +147,7 @@ def _refreshed(method, spec, rounds, traced_rounds, key, gradient, stored, momen
             return jax.tree.map(take, quantize_like(before, new), before)
 
         new = keep_or(found, stored)
-        after: Any = dense(new)
-        turned = [rotate(dense(moment), old, after, spec.side) for moment in moments]
+        turned = [rotate(dense(moment), old, dense(new), spec.side) for moment in moments]
         return new, [keep_or(*pair) for pair in zip(turned, moments, strict=True)]
 
     depth, operands = len(spec.stack), (gradient, stored, moments)
