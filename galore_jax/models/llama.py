@@ -134,11 +134,11 @@ class Block(nnx.Module):
         return self.feed_forward(self.attend(x, positions))
 
     def attend(self, x: jax.Array, positions: jax.Array) -> jax.Array:
-        """The first half of the block."""
+        """Runs the first half of the block."""
         return x + self.attn(self.input_norm(x), positions)
 
     def feed_forward(self, x: jax.Array) -> jax.Array:
-        """The second half."""
+        """Runs the second half."""
         return x + self.mlp(self.post_attention_norm(x))
 
 
@@ -150,13 +150,10 @@ class Llama(nnx.Module):
     ``post_attention_norm/scale``, ``mlp/{gate,up,down}_proj/kernel``; ``final_norm/scale``;
     and ``lm_head/kernel`` (D, V) unless ``tie_embeddings``.
 
-    Example:
-      >>> config = LlamaConfig(
-      ...     hidden_size=16, intermediate_size=24, num_layers=2, num_heads=2, vocab_size=32
-      ... )
-      >>> model = Llama(config, rngs=nnx.Rngs(0))
-      >>> model.logits(jnp.zeros((1, 8), jnp.int32)).shape
-      (1, 8, 32)
+    >>> config = LlamaConfig(16, 24, num_layers=2, num_heads=2, vocab_size=32)
+    >>> model = Llama(config, rngs=nnx.Rngs(0))
+    >>> model.logits(jnp.zeros((1, 8), jnp.int32)).shape
+    (1, 8, 32)
     """
 
     def __init__(self, config: LlamaConfig, *, rngs: nnx.Rngs):
@@ -180,7 +177,7 @@ class Llama(nnx.Module):
         return _value(self.lm_head.kernel)
 
     def hidden_states(self, tokens: jax.Array, positions: jax.Array | None = None) -> jax.Array:
-        """The last block's output, normalised.
+        """Computes the last block's output, normalised.
 
         Args:
           tokens: ``(B, S)``, int32.
@@ -205,11 +202,11 @@ class Llama(nnx.Module):
         return self.final_norm(x)
 
     def logits(self, tokens: jax.Array) -> jax.Array:
-        """Logits ``(B, S, V)``, float32, of the token after each of ``tokens`` (B, S)."""
+        """Computes logits ``(B, S, V)``, float32, of the token after each of ``tokens`` (B, S)."""
         return linear(self.hidden_states(tokens), self.head, out_dtype=jnp.float32)
 
     def loss(self, tokens: jax.Array, targets: jax.Array) -> tuple[jax.Array, jax.Array]:
-        """Summed negative log-likelihood of ``targets``; see ``cross_entropy``.
+        """Sums the negative log-likelihood of ``targets``; see ``cross_entropy``.
 
         Args:
           tokens: ``(B, S)``, int32.
@@ -235,30 +232,26 @@ def init_params(config: LlamaConfig, key: jax.Array) -> tuple[nnx.GraphDef, Para
     Returns:
       The static graph definition, and the parameters as nested dicts of arrays.
 
-    Example:
-      >>> import functools
-      >>> from galore_jax.models.presets import PRESETS
-      >>> init = functools.partial(init_params, PRESETS["llama_7b"])
-      >>> _, params = jax.eval_shape(init, jax.random.key(0))
-      >>> params["blocks"]["attn"]["q_proj"]["kernel"].shape
-      (32, 4096, 4096)
+    >>> import functools
+    >>> from galore_jax.models.presets import PRESETS
+    >>> init = functools.partial(init_params, PRESETS["llama_7b"])
+    >>> _, params = jax.eval_shape(init, jax.random.key(0))
+    >>> params["blocks"]["attn"]["q_proj"]["kernel"].shape
+    (32, 4096, 4096)
     """
     graphdef, state = nnx.split(Llama(config, rngs=nnx.Rngs(key)))
     return graphdef, nnx.to_pure_dict(state)
 
 
 def apply(graphdef: nnx.GraphDef, params: Params) -> Llama:
-    """The model with these parameters; free inside ``jax.jit`` and ``jax.grad``.
+    """Makes the model with these parameters; free inside ``jax.jit`` and ``jax.grad``.
 
-    Example:
-      >>> config = LlamaConfig(
-      ...     hidden_size=16, intermediate_size=24, num_layers=2, num_heads=2, vocab_size=32
-      ... )
-      >>> graphdef, params = init_params(config, jax.random.key(0))
-      >>> tokens = jnp.zeros((1, 8), jnp.int32)
-      >>> nll, count = jax.jit(lambda p: apply(graphdef, p).loss(tokens, tokens))(params)
-      >>> nll.dtype, int(count)
-      (dtype('float32'), 8)
+    >>> config = LlamaConfig(16, 24, num_layers=2, num_heads=2, vocab_size=32)
+    >>> graphdef, params = init_params(config, jax.random.key(0))
+    >>> tokens = jnp.zeros((1, 8), jnp.int32)
+    >>> nll, count = jax.jit(lambda p: apply(graphdef, p).loss(tokens, tokens))(params)
+    >>> nll.dtype, int(count)
+    (dtype('float32'), 8)
     """
     return nnx.merge(graphdef, params)
 
@@ -266,20 +259,17 @@ def apply(graphdef: nnx.GraphDef, params: Params) -> Llama:
 def stages(config: LlamaConfig) -> Stages:
     """Cuts the model into embedding, blocks and head; with ``remat`` each block into its halves.
 
-    Example:
-      >>> config = LlamaConfig(
-      ...     hidden_size=16, intermediate_size=24, num_layers=2, num_heads=2, vocab_size=32
-      ... )
-      >>> _, params = init_params(config, jax.random.key(0))
-      >>> model, batch = stages(config), {"tokens": jnp.zeros((1, 8), jnp.int32)}
-      >>> x = model.before.run(params, batch)
-      >>> for index in range(config.num_layers):
-      ...     layer = jax.tree.map(lambda leaf: leaf[index], params["blocks"])
-      ...     for stage in model.block:
-      ...         x = stage.run(layer, x)
-      >>> whole = model.forward(params, batch)
-      >>> jnp.allclose(model.after.run(params, x).hidden, whole.hidden, atol=1e-6).item()
-      True
+    >>> config = LlamaConfig(16, 24, num_layers=2, num_heads=2, vocab_size=32)
+    >>> _, params = init_params(config, jax.random.key(0))
+    >>> model, batch = stages(config), {"tokens": jnp.zeros((1, 8), jnp.int32)}
+    >>> x = model.before.run(params, batch)
+    >>> for index in range(config.num_layers):
+    ...     layer = jax.tree.map(lambda leaf: leaf[index], params["blocks"])
+    ...     for stage in model.block:
+    ...         x = stage.run(layer, x)
+    >>> whole = model.forward(params, batch)
+    >>> jnp.allclose(model.after.run(params, x).hidden, whole.hidden, atol=1e-6).item()
+    True
     """
     graphdef, _ = jax.eval_shape(functools.partial(init_params, config), jax.random.key(0))
     block, _ = jax.eval_shape(lambda: nnx.split(Block(config, rngs=nnx.Rngs(0))))
@@ -302,14 +292,9 @@ def stages(config: LlamaConfig) -> Stages:
         model = apply(graphdef, params)
         return Predictions(model.final_norm(x), model.head)
 
-    halves = (
-        Stage(("attn", "input_norm"), attend),
-        Stage(("mlp", "post_attention_norm"), feed_forward),
-    )
-    whole = Stage(
-        tuple(sorted(halves[0].keys + halves[1].keys)),
-        lambda layer, x: feed_forward(layer, attend(layer, x)),
-    )
+    first, second = ("attn", "input_norm"), ("mlp", "post_attention_norm")
+    whole = Stage(first + second, lambda layer, x: feed_forward(layer, attend(layer, x)))
+    halves = Stage(first, attend), Stage(second, feed_forward)
     return Stages(
         forward=forward,
         before=Stage(("embed",), embed_tokens),
@@ -319,10 +304,9 @@ def stages(config: LlamaConfig) -> Stages:
 
 
 def count_params(params: Params) -> int:
-    """The number of parameters; the leaves may be arrays or shapes.
+    """Counts parameters; the leaves may be arrays or shapes.
 
-    Example:
-      >>> count_params({"kernel": jnp.zeros((3, 4)), "scale": jax.ShapeDtypeStruct((4,), float)})
-      16
+    >>> count_params({"kernel": jnp.zeros((3, 4)), "scale": jax.ShapeDtypeStruct((4,), float)})
+    16
     """
     return sum(math.prod(leaf.shape) for leaf in jax.tree.leaves(params))

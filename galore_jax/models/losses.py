@@ -13,7 +13,7 @@ Head = Any  # The head's kernel, (D, V): an array, or a pytree node that stands 
 def cross_entropy(
     hidden: jax.Array, head: Head, targets: jax.Array, *, chunk_tokens: int
 ) -> tuple[jax.Array, jax.Array]:
-    r"""Sum of the negative log-likelihood of ``targets``, a chunk of tokens at a time.
+    r"""Sums the negative log-likelihood of ``targets``, a chunk of tokens at a time.
 
     With logits $z_t = h_t W$ of position t and target $y_t$,
 
@@ -38,12 +38,11 @@ def cross_entropy(
     Returns:
       The sum, a float32 scalar in nats, and the number of targets not ignored, int32.
 
-    Example:
-      >>> import jax.numpy as jnp
-      >>> hidden, head = jnp.zeros((3, 4)), jnp.ones((4, 10))  # All ten tokens equally likely.
-      >>> nll, count = cross_entropy(hidden, head, jnp.array([7, 2, -1]), chunk_tokens=2)
-      >>> print(f"{nll / count:.4f} = log(10), over {count} tokens")
-      2.3026 = log(10), over 2 tokens
+    >>> import jax.numpy as jnp
+    >>> hidden, head = jnp.zeros((3, 4)), jnp.ones((4, 10))  # All ten tokens equally likely.
+    >>> nll, count = cross_entropy(hidden, head, jnp.array([7, 2, -1]), chunk_tokens=2)
+    >>> print(f"{nll / count:.4f} = log(10), over {count} tokens")
+    2.3026 = log(10), over 2 tokens
     """
     tokens = targets.size
     chunk_tokens = min(chunk_tokens, max(tokens, 1))
