@@ -1,4 +1,4 @@
-"""Updates of bfloat16 weights that are not lost to rounding."""
+"""Stochastic rounding: its noise, and updates of bfloat16 weights that are not lost."""
 
 from typing import Literal, get_args
 
@@ -6,10 +6,27 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from galore_jax.quantization import dithering
-
 Rounding = Literal["nearest", "stochastic"]
 ROUNDINGS: tuple[Rounding, ...] = get_args(Rounding)
+
+
+def dithering(
+    shape: tuple[int, ...], count: jax.typing.ArrayLike, seed: jax.typing.ArrayLike = 0
+) -> jax.Array:
+    """TODO"""
+    index, stride = jnp.zeros(shape, jnp.uint32), 1
+    for axis in reversed(range(len(shape))):
+        index += jax.lax.broadcasted_iota(jnp.uint32, shape, axis) * jnp.uint32(stride % 2**32)
+        stride *= shape[axis]
+    count = jnp.asarray(count).astype(jnp.uint32)
+    # The finaliser of MurmurHash3 (public domain).
+    index ^= index >> 16
+    index *= jnp.uint32(0x85EBCA6B)
+    index ^= index >> 13
+    index *= jnp.uint32(0xC2B2AE35)
+    index ^= index >> 16
+    index += jnp.asarray(count).astype(jnp.uint32) * jnp.uint32(0x9E3779B9)
+    return (index >> 8).astype(jnp.float32) * jnp.float32(2.0**-24)
 
 
 def apply_updates(
