@@ -2,7 +2,7 @@ r"""Pre-trains a LLaMA, with GaLore or the full gradients, on one device.
 
   python train.py
       the offline sample: real English, a small model, a few minutes on a laptop
-  python train.py --config=configs/llama_60m.py --config.data.data_dir=DIR \
+  python train.py --config=configs/llama.py:60m --config.data.data_dir=DIR \
       --config.data.tokenizer=SPIECE_MODEL --workdir=runs/60m
       the paper's 60M run on C4
   python train.py --config=configs/sample.py:method=full,optimizer=lion
@@ -12,22 +12,28 @@ The same command again resumes the run in its workdir, or says that it is comple
 """
 
 import os
+import runpy
 import sys
 from pathlib import Path
 
+ROOT = Path(__file__).resolve().parent
 # XLA runs decompositions side by side; OpenBLAS's threads in each would only wait for a core.
 os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
 
 
 def main() -> int:
-    """Parses the flags and trains; 0, or 2 after a one-line error, 130 if interrupted."""
+    """Parses the flags and trains; returns 0, 2 after a one-line error, or 130 if interrupted."""
     try:
+        # Run by its path, for ``import galore_jax`` imports jax.
+        with runpy.run_path(str(ROOT / "galore_jax" / "quiet_cuda.py"))["quiet_cuda"]():
+            import jax
+
+            jax.devices()
         from galore_jax.errors import UserError
-        from galore_jax.training.command import parse
+        from galore_jax.training.cli import parse
 
         try:
-            configs = Path(__file__).resolve().parent / "configs"
-            arguments = parse(sys.argv, usage=__doc__ or "", configs=configs)
+            arguments = parse(sys.argv, usage=__doc__ or "", configs=ROOT / "configs")
             if arguments is not None:
                 from galore_jax.training.loop import train
 

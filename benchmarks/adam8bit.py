@@ -19,8 +19,8 @@ import jax.numpy as jnp
 import optax
 from jax.sharding import SingleDeviceSharding
 
-from galore_jax import adamw8bit, targets
-from galore_jax.memory import tree_bytes
+from galore_jax import adamw8bit
+from galore_jax.memory import targets, tree_bytes
 
 SHAPES = {"attention": (8, 512, 512), "mlp": (8, 512, 1376), "embedding": (32_000, 512)}
 TARGETS = {"here": "auto", "tpu": "tpu-v5e", "cuda": "rtx4090"}

@@ -1,6 +1,6 @@
-"""Times a change of basis at the paper's shapes, and measures what each basis captures.
+"""Times a refresh at the paper's shapes, and measures what each projector captures.
 
-  OPENBLAS_NUM_THREADS=1 python benchmarks/refresh.py --out=docs/refresh.md
+  PYTHONPATH=. OPENBLAS_NUM_THREADS=1 python benchmarks/refresh.py --out=docs/refresh.md
 
 Five minutes on two CPU cores, and before it, once, the three of a run of ``train.py`` on the sample
 in a folder under ``--workdir``, whose gradients serve: those of a model that has hardly begun have
@@ -30,17 +30,15 @@ import optax.contrib
 from ml_collections import ConfigDict
 from sample_runs import train
 
+from configs import llama as llama_configs
 from galore_jax import galore
-from galore_jax.bases import Basis, find_basis
-from galore_jax.data.batches import DataConfig, TextData
 from galore_jax.diagnostics import captured_energy, overlap, stable_rank
-from galore_jax.models import llama
+from galore_jax.galore import GaLore
 from galore_jax.models.presets import PRESETS
 from galore_jax.projection import empty_projector, projected_side
-from galore_jax.training import settings
+from galore_jax.projectors import ProjectorMethod, find_projector
 from galore_jax.training.checkpoints import Checkpoints
-from galore_jax.training.optimizers import make_optimizer
-from galore_jax.training.steps import graph_definition, init_state, make_train_step
+from galore_jax.training.experiment import make_experiment
 
 RANKS = {"llama_60m": 128, "llama_130m": 256, "llama_350m": 256, "llama_1b": 512}
 SEQUENCES, LENGTH = 16, 256
@@ -52,15 +50,15 @@ OPTAX = "optax.contrib.galore"
 
 
 class Method(NamedTuple):
-    """A basis with its number of rounds."""
+    """A way to compute a projector, with its number of rounds."""
 
-    basis: Basis
+    projector: ProjectorMethod
     rounds: int = 1
 
     @property
     def name(self) -> str:
         """For the tables."""
-        return self.basis if self.rounds == 1 else f"{self.basis} x{self.rounds}"
+        return self.projector if self.rounds == 1 else f"{self.projector} x{self.rounds}"
 
 
 METHODS = (
@@ -71,11 +69,11 @@ METHODS = (
     Method("randomized"),
     Method("random"),
 )
-ITERATED = [method for method in METHODS if method.basis == "subspace_iteration"]
+ITERATED = [method for method in METHODS if method.projector == "subspace_iteration"]
 
 
 class Case(NamedTuple):
-    """A gradient, and the basis that an earlier one left: a row of the tables."""
+    """A gradient, and the projector that an earlier one left: a row of the tables."""
 
     label: str
     gradient: jax.Array
@@ -83,15 +81,15 @@ class Case(NamedTuple):
 
 
 class Row(NamedTuple):
-    """What was measured of a case.
+    """The measurements of a case.
 
     Attributes:
-      case: which.
+      case: the gradient that was measured.
       seconds: by name of the method.
-      share: the gradient's energy that SVD's basis captures.
+      share: the part of the gradient's energy that SVD's projector captures.
       energy: what each method captures from a cold start, relative to ``share``.
-      warm: the same from the old basis.
-      overlap: of SVD's basis and the old one.
+      warm: the same from the old projector.
+      overlap: the overlap of SVD's projector and the old one.
     """
 
     case: Case
@@ -105,7 +103,7 @@ class Row(NamedTuple):
 def interleaved(
     calls: dict[str, Callable[[], Any]], repeats: int, of_slow: int
 ) -> tuple[dict[str, list[float]], dict[str, Any]]:
-    """Seconds of calls made in turn, slow ones less often; and what each returned."""
+    """Calls each in turn, slow ones less often: the seconds taken, and what each returned."""
     taken: dict[str, list[float]] = {name: [] for name in calls}
     found = {}
     for i, (name, call) in itertools.product(range(repeats), calls.items()):
@@ -116,10 +114,10 @@ def interleaved(
     return taken, found
 
 
-def basis_of(method: Method, gradient: jax.Array, old: jax.Array) -> Any:
-    """On the smaller side, as by default."""
-    return find_basis(
-        method.basis,
+def compute_projector(method: Method, gradient: jax.Array, old: jax.Array) -> Any:
+    """The projector of the smaller side, as by default."""
+    return find_projector(
+        method.projector,
         gradient,
         old.shape[-1],
         projected_side(gradient.shape),
@@ -130,7 +128,7 @@ def basis_of(method: Method, gradient: jax.Array, old: jax.Array) -> Any:
 
 
 def optax_updates(tx: optax.GradientTransformation, gradients: Any) -> list[Callable[[], Any]]:
-    """Its update with a change of basis (count 0), and the same program without (count 1)."""
+    """Optax's update with a refresh (count 0), and the same program without one (count 1)."""
     state: Any = tx.init(gradients)
     executable = jax.jit(lambda *of: tx.update(*of)).lower(gradients, state).compile()
     later = state._replace(count=state.count + 1)
@@ -138,31 +136,26 @@ def optax_updates(tx: optax.GradientTransformation, gradients: Any) -> list[Call
 
 
 def sample_gradients(workdir: Path) -> tuple[Any, Any]:
-    """Gradients of two batches at the end of a run on the sample, of its blocks."""
+    """Gradients of the blocks for two batches, at the end of a run on the sample."""
     folder = workdir / "sample"
     if train("configs/sample.py", folder, {}) != 0:
         raise SystemExit(f"{folder}: the run failed")
-    config: Any = ConfigDict(json.loads((folder / "config.json").read_text()))
-    model, data = settings.model_config(config), settings.open_data(config)
-    abstract = jax.eval_shape(
-        functools.partial(init_state, model, make_optimizer(config)), jax.random.key(0)
-    )
+    experiment = make_experiment(ConfigDict(json.loads((folder / "config.json").read_text())))
+    model, task = experiment.stages, experiment.task
     with Checkpoints(folder / "checkpoints", keep=1) as checkpoints:
-        restored = checkpoints.restore(abstract)
+        restored = checkpoints.restore(experiment.abstract_state())
     assert restored is not None
-    graphdef = graph_definition(model)
 
     def loss(params: Any, batch: Any) -> jax.Array:
-        nll, count = llama.apply(graphdef, params).loss(batch["tokens"], batch["targets"])
-        return nll / count
+        return task.loss(model.forward(params, batch), batch) / task.count(batch)
 
-    batches = data.train_batches(batch_size=TOKENS // config.data.seq_len, seed=1)
+    sequences = TOKENS // experiment.config.data.seq_len
     gradient = jax.jit(jax.grad(loss))
-    before, last = (
-        gradient(restored.state.params, jax.tree.map(jnp.asarray, next(batches)))["blocks"]
-        for _ in range(2)
-    )
-    batches.close()
+    with task.open_data().train_batches(batch_size=sequences, seed=1) as batches:
+        before, last = (
+            gradient(restored.state.params, jax.tree.map(jnp.asarray, next(batches)))["blocks"]
+            for _ in range(2)
+        )
     return kernels(before), kernels(last)
 
 
@@ -173,21 +166,21 @@ def kernels(blocks: Any) -> dict[str, jax.Array]:
 
 
 def energies_of_sample(before: Any, last: Any) -> tuple[dict[str, list[str]], str]:
-    """What each method captures of every matrix of the sample's model: cells by method."""
+    """Energies that each method captures of the sample's matrices: cells by method."""
     captured = jax.jit(captured_energy)
 
     def shares(method: Method, starts: dict[str, Any]) -> tuple[np.ndarray, dict]:
-        find = jax.jit(functools.partial(basis_of, method))
-        bases = {name: find(gradient, starts[name]) for name, gradient in last.items()}
-        found = [captured(gradient, bases[name]) for name, gradient in last.items()]
-        return np.concatenate(found), bases
+        find = jax.jit(functools.partial(compute_projector, method))
+        projectors = {name: find(gradient, starts[name]) for name, gradient in last.items()}
+        found = [captured(gradient, projectors[name]) for name, gradient in last.items()]
+        return np.concatenate(found), projectors
 
     zeros: dict[str, Any] = {
         name: empty_projector(g.shape, 64, projected_side(g.shape), g.dtype)
         for name, g in last.items()
     }
-    exact, bases = shares(METHODS[0], zeros)
-    find = jax.jit(functools.partial(basis_of, METHODS[0]))
+    exact, projectors = shares(METHODS[0], zeros)
+    find = jax.jit(functools.partial(compute_projector, METHODS[0]))
     old: dict[str, Any] = {name: find(gradient, zeros[name]) for name, gradient in before.items()}
     cells = {}
     for method in METHODS:
@@ -195,69 +188,68 @@ def energies_of_sample(before: Any, last: Any) -> tuple[dict[str, list[str]], st
         warm = shares(method, old)[0] / exact if method in ITERATED else cold
         cells[method.name] = [f"{of.mean():.4f}, {of.min():.4f}" for of in (cold, warm)]
     ranks = np.concatenate([stable_rank(gradient) for gradient in last.values()])
-    common = np.concatenate([overlap(bases[name], old[name]) for name in last])
+    common = np.concatenate([overlap(projectors[name], old[name]) for name in last])
     kept = np.concatenate([captured(gradient, old[name]) for name, gradient in last.items()])
     return cells, (
-        f"Of the {len(exact)} gradients SVD's bases capture {exact.mean():.3f} of the energy on "
-        f"average and {exact.min():.3f} of\none; the old bases still "
-        f"{(kept / exact).mean():.3f} of that. Stable rank {ranks.min():.1f} to {ranks.max():.1f}; "
-        f"overlap of old and exact\nbases {common.mean():.2f}."
+        f"SVD's projectors capture {exact.mean():.3f} of the energy of the {len(exact)} gradients "
+        f"on average and {exact.min():.3f} of\none; the old projectors still capture "
+        f"{(kept / exact).mean():.3f} of that. Stable ranks are {ranks.min():.1f} to\n"
+        f"{ranks.max():.1f}, and the overlap of old and exact projectors is {common.mean():.2f}."
     )
 
 
 def model_table(repeats: int, energies: dict[str, list[str]]) -> list[str]:
     """Every matrix of the 60M model refreshed, against a training step of it."""
-    model = PRESETS["llama_60m"]
-    data = TextData(
-        DataConfig("sample", data_dir=None, tokenizer=None, seq_len=LENGTH, packing=True),
-        vocab_size=model.vocab_size,
-    )
+    config: Any = llama_configs.get_config("60m")
+    config.batch_size = config.micro_batch_size = SEQUENCES
+    config.dtype = config.param_dtype = "float32"
+    config.projected_gradients = False
+    config.data.update(name="sample", seq_len=LENGTH, packing=True)
+    experiment = make_experiment(config)
+    model, task, steps = experiment.stages, experiment.task, experiment.train_steps()
+    with task.open_data().train_batches(batch_size=SEQUENCES, seed=0) as batches:
+        batch = jax.tree.map(jnp.asarray, next(batches))
+    state = jax.jit(experiment.init)(jax.random.key(0))
+    state, _ = jax.jit(steps[True])(state, batch)
+    step = jax.jit(steps[False]).lower(state, batch).compile()
 
-    def transformation(optimizer: Any, method: Method = METHODS[2]) -> Any:
+    gradients = jax.jit(jax.grad(lambda p: task.loss(model.forward(p, batch), batch)))(state.params)
+    gradients = kernels(gradients["blocks"])
+
+    def transformation(method: Method) -> GaLore:
+        """Plain SGD in GaLore: the refresh is the same, and Adam's time would hide it."""
         return galore(
-            optimizer,
+            optax.sgd(1.0),
             rank=RANKS["llama_60m"],
             update_proj_gap=NEVER,
-            basis=method.basis,
+            projector=method.projector,
             power_iterations=method.rounds,
             target_modules="proj",
         )
 
-    tx = transformation(optax.adamw(1e-3))
-    state = jax.jit(functools.partial(init_state, model, tx))(jax.random.key(0))
-    batches = data.train_batches(batch_size=SEQUENCES, seed=0)
-    batch = jax.tree.map(jnp.asarray, next(batches))
-    batches.close()
-    step = make_train_step(model, tx, optax.constant_schedule(1e-3), micro_batches=1)
-    step = jax.jit(step).lower(state, batch).compile()
-    state, _ = step(state, batch)  # changes the bases too
-
-    graphdef = graph_definition(model)
-    gradients = jax.jit(
-        jax.grad(lambda p: llama.apply(graphdef, p).loss(batch["tokens"], batch["targets"])[0])
-    )(state.params)
-    gradients = kernels(gradients["blocks"])
-    # Plain SGD: the change of basis is the same, and Adam's time would hide it.
-    start = transformation(optax.sgd(1.0)).init(gradients)
+    tx = transformation(METHODS[2])
+    start = tx.init(gradients)
     calls: dict[str, Callable[[], Any]] = {"step": functools.partial(step, state, batch)}
     for method in METHODS:
-        update = functools.partial(transformation(optax.sgd(1.0), method).update, refresh=True)
+        update = functools.partial(transformation(method).update, refresh=True)
         calls[method.name] = functools.partial(
             jax.jit(update).lower(gradients, start).compile(), gradients, start
         )
-    update = functools.partial(transformation(optax.sgd(1.0)).update, refresh=False)
-    calls["without"] = functools.partial(jax.jit(update), gradients, start)
-    calls["without"]()
+    _, after = calls[METHODS[2].name]()
+    update = jax.jit(functools.partial(tx.update, refresh=False))
+    calls["without"] = functools.partial(update.lower(gradients, after).compile(), gradients, after)
     layers = [matrix for stack in gradients.values() for matrix in stack]
-    tx = optax.contrib.scale_by_galore(RANKS["llama_60m"], NEVER, base_optimizer=optax.identity())
-    calls[OPTAX], calls["without, optax"] = optax_updates(tx, layers)
+    theirs = optax.contrib.scale_by_galore(
+        RANKS["llama_60m"], NEVER, base_optimizer=optax.identity()
+    )
+    calls[OPTAX], calls["without, optax"] = optax_updates(theirs, layers)
     taken, _ = interleaved(calls, repeats, 3)
     seconds = {name: statistics.median(times) for name, times in taken.items()}
     print(", ".join(f"{name} {of:.2f} s" for name, of in seconds.items()), flush=True)
     lines = [
         f"One training step took {seconds['step']:.2f} s.",
         "",
-        "| basis | seconds | training steps | energy, cold | energy, warm |",
+        "| projector | seconds | training steps | energy, cold | energy, warm |",
         "|---|---|---|---|---|",
     ]
     for name in (*(method.name for method in METHODS), OPTAX):
@@ -273,12 +265,12 @@ def cases(before: Any, last: Any, models: Sequence[str]) -> list[Case]:
     """An attention's and an MLP's gradient of the sample's model, and the like at other sizes.
 
     These have random singular vectors, the real singular values interpolated over the relative
-    index, and an old basis that overlaps with the exact one as the real one does.
+    index, and an old projector that overlaps with the exact one as the real one does.
     """
     found = []
     for kernel in KERNELS:
         gradient, earlier = (of[kernel][len(of[kernel]) // 2] for of in (last, before))
-        old = basis_of(METHODS[0], earlier, jnp.zeros((len(gradient), 64)))
+        old = compute_projector(METHODS[0], earlier, jnp.zeros((len(gradient), 64)))
         found.append(Case("sample", gradient, old))
     rng = np.random.default_rng(0)
     for model in models:
@@ -289,7 +281,7 @@ def cases(before: Any, last: Any, models: Sequence[str]) -> list[Case]:
             places = np.linspace(0, 1, m), np.linspace(0, 1, len(measured))
             values = np.exp(np.interp(*places, np.log(measured))).astype(np.float32)
             u, v = (np.linalg.qr(rng.standard_normal((s, m), np.float32))[0] for s in (m, n))
-            real = basis_of(METHODS[0], like.gradient, like.old)
+            real = compute_projector(METHODS[0], like.gradient, like.old)
             common = float(overlap(real, like.old))
             noise = rng.standard_normal((m, rank), np.float32) / np.float32(np.sqrt(m))
             old, _ = np.linalg.qr(np.sqrt(common) * u[:, :rank] + np.sqrt(1 - common) * noise)
@@ -302,7 +294,9 @@ def measure(case: Case, repeats: int) -> Row:
     """Times and captured energies for one matrix."""
     zeros = jnp.zeros_like(case.old)
     executables = {
-        method: jax.jit(functools.partial(basis_of, method)).lower(case.gradient, zeros).compile()
+        method: jax.jit(functools.partial(compute_projector, method))
+        .lower(case.gradient, zeros)
+        .compile()
         for method in METHODS
     }
     calls: dict[str, Callable[[], Any]] = {
@@ -358,8 +352,8 @@ def matrix_tables(rows: Sequence[Row]) -> list[str]:
         "",
         "## One matrix: captured energy as a ratio to exact SVD's",
         "",
-        "The column svd is the share of the gradient's energy that exact SVD captures, and overlap",
-        "that of its basis with the old one.",
+        "The column svd has the share of the gradient's energy that exact SVD captures, the column",
+        "overlap the overlap of its projector with the old one.",
         "",
         *energy,
     ]
@@ -388,28 +382,29 @@ def main() -> None:
     threads = os.environ.get("OPENBLAS_NUM_THREADS")
     prefix = f"OPENBLAS_NUM_THREADS={threads} " if threads else ""
     version, load = importlib.metadata.version("jax"), os.getloadavg()[0]
-    text = f"""# What a change of basis costs, and what each basis captures
+    text = f"""# What a refresh costs, and what each projector captures
 
-    {prefix}{shlex.join(["python", "benchmarks/refresh.py", *sys.argv[1:]])}
+    PYTHONPATH=. {prefix}{shlex.join(["python", "benchmarks/refresh.py", *sys.argv[1:]])}
 
-jax {version}, {os.cpu_count()} CPU cores, OpenBLAS threads: {threads or "its default"}; load
-average {load:.1f}, this run's included. On a shared machine only ratios tell anything: they are
-within one process, in which the methods were called in turn, and a training step, which keeps
-every core busy, is slowed down most. Medians of {arguments.repeats} calls;
-of what takes over {SLOW:g} s, of 3 for the whole model and of 1 for one matrix. `x2` stands for
-`power_iterations=2`, the default; the other rows have 1.
-`{OPTAX}` is its compiled update at a change of basis minus the
-same program's at none; it takes the vectors of the larger side, from exact SVD.
+jax {version}, {os.cpu_count()} CPU cores, OpenBLAS threads: {threads or "its default"}. The load
+average was {load:.1f}, this run's included. On a shared machine only ratios tell anything: they are
+taken within one process, which calls the methods in turn, and a training step, which keeps every
+core busy, is slowed down most. Times are medians of {arguments.repeats} calls; where a call takes
+over {SLOW:g} s, of 3 for the whole model and of 1 for one matrix. `x2` stands for
+`power_iterations=2`, the default; the other rows have 1. The row `{OPTAX}` is its
+compiled update with a refresh minus the same program's without one; it takes the vectors of the
+larger side, from exact SVD.
 
-*Cold* starts from no basis, *warm* from the exact one of another batch's gradient. Real gradients,
-of {TOKENS} tokens: the blocks of the sample's 9M-parameter LLaMA after its 600 updates
-(`python train.py`), 6 layers x 7 kernels, rank 64 of 256.
+A *cold* start has no projector before it, a *warm* one has the exact projector of another batch's
+gradient. The gradients are real ones, of {TOKENS} tokens, in the blocks of the sample's
+9M-parameter LLaMA after its 600 updates (`python train.py`): 6 layers x 7 kernels, rank 64 of 256.
 
 ## Every matrix of the 60M model
 
-8 layers x 7 kernels, rank 128 of 512: `galore(...).update` with `refresh=True` minus that with
-`refresh=False`, against a training step (forward, backward, update; float32, {SEQUENCES} x {LENGTH}
-tokens). Energies, relative to exact SVD's, are those of the sample's model, mean and least.
+The model has 8 layers x 7 kernels, and the rank is 128 of 512. The time of a refresh is that of
+`galore(...).update` with `refresh=True` minus that with `refresh=False`, beside a training step
+(forward, backward, update; float32, {SEQUENCES} x {LENGTH} tokens). Energies are relative to exact
+SVD's, the mean and the least of the sample's model.
 
 {summary}
 
@@ -417,8 +412,8 @@ tokens). Energies, relative to exact SVD's, are those of the sample's model, mea
     note = """
 Rows named sample are real gradients of its middle block, `q_proj` and `gate_proj`. The others are
 synthetic: random singular vectors, singular values interpolated from these two over the relative
-index, and an old basis that is the exact one plus noise, of about their overlap. Noise that spares
-no direction is easier to undo than a change of batch: for *warm* see the real rows.
+index, and an old projector that is the exact one plus noise, of about their overlap. Noise that
+spares no direction is easier to undo than a change of batch: for *warm* see the real rows.
 """
     lines = [*of_model, note, *matrix_tables(rows), ""]
     arguments.out.write_text(text + "\n".join(lines))

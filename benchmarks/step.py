@@ -1,6 +1,6 @@
 """Time and FLOPs of whole training steps: full-rank AdamW, optax.contrib.galore, GaLore's modes.
 
-  PYTHONPATH=. OPENBLAS_NUM_THREADS=1 python benchmarks/step.py --model=llama_60m --tokens=2048
+  PYTHONPATH=. OPENBLAS_NUM_THREADS=1 python benchmarks/step.py --model=60m --tokens=2048
 
 Prints a Markdown table. All steps are the trainer's own, float32, on one batch of random tokens, in
 sequences of 256 and in one micro-batch. They are called in turn in one process, every other round
@@ -16,18 +16,18 @@ galore layerwise      ... and one layer's update at a time, which computes each 
 gradients             loss and gradients alone, without an optimizer
 gradients projected   ... of which those of the blocks' matrices are born projected
 
-The rank is the config's. A step that changes the basis is timed apart, in the first rounds only;
+The rank is the config's. A step with a refresh is timed apart, in the first rounds only;
 "amortised" is the mean over 200 steps of which one does.
 
-GFLOPs are the compiler's count for a step without a change of basis. It counts the body of a loop
+GFLOPs are the compiler's count for a step without a refresh. It counts the body of a loop
 once, however often that runs. So the step is compiled twice, with the loops over the layers as they
 are and with two layers in an iteration; the difference is one layer, forward and backward, and is
 added once for every layer but the first. The loss is compiled with all tokens in one chunk.
 """
 
 import argparse
+import dataclasses
 import functools
-import importlib
 import os
 import statistics
 import time
@@ -40,28 +40,30 @@ import jax.numpy as jnp
 import optax
 import optax.contrib
 
+from configs import llama as llama_configs
 from galore_jax import projected_value_and_grad
-from galore_jax.models import llama
-from galore_jax.training import modes, settings, steps
-from galore_jax.training.optimizers import make_optimizer
-from galore_jax.training.settings import Config
+from galore_jax.models.stages import KERNELS
+from galore_jax.training.config import Config
+from galore_jax.training.experiment import Experiment, make_experiment
+from galore_jax.training.optimizer import make_schedule
+from galore_jax.training.tasks import Batch
 
 LENGTH = 256  # tokens a sequence
-EVERY = 200  # steps between two changes of basis
+EVERY = 200  # steps between two refreshes
 REFRESHES = 2  # rounds that time one too
 OPTAX = "optax.contrib.galore"
 STEPS = ("adamw", OPTAX, "galore", "galore projected", "galore layerwise", "gradients")
 # The rows, and what each is compared with.
 REFERENCE = dict.fromkeys(STEPS, "adamw") | {"gradients projected": "gradients"}
-COLUMNS = "step | compared with | time | least to most | CPU time | change of basis | amortised | s"
+COLUMNS = "step | compared with | time | least to most | CPU time | refresh | amortised | s"
 
-Call = Callable[[Any, steps.Batch], tuple[Any, Any]]  # of state and batch: new state, the rest
+Call = Callable[[Any, Batch], tuple[Any, Any]]  # of state and batch: new state, the rest
 Taken = dict[tuple[str, bool], list[tuple[float, float]]]  # seconds and CPU seconds of each round
 
 
 def make_config(model: str, tokens: int, name: str) -> Config:
     method = "galore" if name.startswith("galore") or name.endswith("projected") else "full"
-    config = importlib.import_module(f"configs.{model}").get_config(f"method={method}")
+    config: Config = llama_configs.get_config(f"{model},method={method}")
     config.batch_size = config.micro_batch_size = tokens // LENGTH
     config.data.seq_len = LENGTH
     config.dtype = config.param_dtype = "float32"
@@ -72,104 +74,103 @@ def make_config(model: str, tokens: int, name: str) -> Config:
 
 
 def adamw(config: Config) -> optax.GradientTransformationExtraArgs:
-    learning_rate, decay = settings.learning_rate(config), config.optimizer.weight_decay
-    return optax.with_extra_args_support(optax.adamw(learning_rate, weight_decay=decay))
+    tx = optax.adamw(make_schedule(config), weight_decay=config.optimizer.weight_decay)
+    return optax.with_extra_args_support(tx)
 
 
 def optax_galore(config: Config) -> optax.GradientTransformationExtraArgs:
-    """Optax's GaLore for stacked blocks: of a block it projects what has two axes, the kernels."""
-    of_block = optax.contrib.galore(
-        settings.learning_rate(config),
+    """Optax's GaLore for stacked blocks, of which it projects the kernels."""
+    block_tx = optax.contrib.galore(
+        make_schedule(config),
         rank=config.galore.rank,
         update_proj_gap=config.galore.update_proj_gap,
         scale=config.galore.scale,
         weight_decay=config.optimizer.weight_decay,
     )
-    of_others: Any = adamw(config)
+    others_tx: Any = adamw(config)
 
     def split(params: Any) -> tuple[Any, Any]:
         return params["blocks"], {k: v for k, v in params.items() if k != "blocks"}
 
     def axes(blocks: Any) -> Any:
         """0 for the arrays of a block's state, None for its counts: those stay scalars."""
-        state = jax.eval_shape(of_block.init, jax.tree.map(lambda x: x[0], blocks))
+        state = jax.eval_shape(block_tx.init, jax.tree.map(lambda x: x[0], blocks))
         return jax.tree.map(lambda x: 0 if x.ndim else None, state)
 
     def init(params: Any) -> Any:
         blocks, others = split(params)
-        return jax.vmap(of_block.init, out_axes=axes(blocks))(blocks), of_others.init(others)
+        return jax.vmap(block_tx.init, out_axes=axes(blocks))(blocks), others_tx.init(others)
 
     def update(updates: Any, state: Any, params: Any = None, **_: Any) -> tuple[Any, Any]:
         (blocks, others), (weights, other_weights) = split(updates), split(params)
-        of_layers = jax.vmap(of_block.update, (0, axes(blocks), 0), (0, axes(blocks)))
-        blocks, of_blocks = of_layers(blocks, state[0], weights)
-        others, other_state = of_others.update(others, state[1], other_weights)
-        return {**others, "blocks": blocks}, (of_blocks, other_state)
+        update_layers = jax.vmap(block_tx.update, (0, axes(blocks), 0), (0, axes(blocks)))
+        blocks, block_state = update_layers(blocks, state[0], weights)
+        others, other_state = others_tx.update(others, state[1], other_weights)
+        return {**others, "blocks": blocks}, (block_state, other_state)
 
     return optax.GradientTransformationExtraArgs(init, update)
 
 
 def with_count_zero(state: Any) -> Any:
-    """The state of :func:`optax_galore` at which it changes the basis."""
+    """The state of ``optax_galore`` at which it refreshes."""
     (galore, *rest), others = state.opt_state
     galore = galore._replace(count=jnp.zeros_like(galore.count))
     return state._replace(opt_state=((galore, *rest), others))
 
 
-def make_gradients(config: Config) -> Callable[[Any, steps.Batch], Any]:
-    graphdef = steps.graph_definition(settings.model_config(config))
+def make_gradients(experiment: Experiment) -> Callable[[Any, Batch], Any]:
+    model, task = experiment.stages, experiment.task
 
-    def loss(params: Any, batch: steps.Batch) -> jax.Array:
-        nll, count = llama.apply(graphdef, params).loss(batch["tokens"], batch["targets"])
-        return nll / count
+    def loss(params: Any, batch: Batch) -> jax.Array:
+        return task.loss(model.forward(params, batch), batch) / task.count(batch)
 
-    def gradients(state: Any, batch: steps.Batch) -> Any:
-        if config.projected_gradients:
-            value_and_grad = projected_value_and_grad(loss, kernels=steps.BLOCK_KERNELS)
+    def gradients(state: Any, batch: Batch) -> Any:
+        if experiment.mode.projected:
+            value_and_grad = projected_value_and_grad(loss, kernels=KERNELS)
             return value_and_grad(state.params, state.opt_state, batch)
         return jax.value_and_grad(loss)(state.params, batch)
 
     return gradients
 
 
-def make_steps(name: str, config: Config) -> tuple[Any, dict[bool, Callable[..., Any]]]:
-    """The optimizer, and the steps with (True) and without (False) a change of basis."""
-    tx = {"adamw": adamw, OPTAX: optax_galore}.get(name, make_optimizer)(config)
+def make_steps(name: str, config: Config) -> tuple[Experiment, dict[bool, Callable[..., Any]]]:
+    """The experiment, and the steps with (True) and without (False) a refresh."""
+    experiment = make_experiment(config)
+    if make_tx := {"adamw": adamw, OPTAX: optax_galore}.get(name):
+        experiment = dataclasses.replace(experiment, optimizer=make_tx(config))
     if name.startswith("gradients"):
-        return tx, {False: make_gradients(config)}
-    return tx, dict(modes.train_steps(config, tx))
+        return experiment, {False: make_gradients(experiment)}
+    return experiment, dict(experiment.train_steps())
 
 
-def compile_steps(name: str, config: Config, batch: steps.Batch) -> tuple[Any, dict[bool, Call]]:
+def compile_steps(name: str, config: Config, batch: Batch) -> tuple[Any, dict[bool, Call]]:
     """A first state, and the compiled steps, with the state donated."""
-    tx, of_config = make_steps(name, config)
-    init = functools.partial(steps.init_state, settings.model_config(config), tx)
-    state = jax.jit(init)(jax.random.key(0))
+    experiment, steps = make_steps(name, config)
+    state = jax.jit(experiment.init)(jax.random.key(0))
     if name.startswith("gradients"):
-        if config.projected_gradients:  # some bases, as no step will find any
-            refresh = jax.jit(functools.partial(tx.update, refresh=True))
-            state = state._replace(
-                opt_state=refresh(state.params, state.opt_state, state.params)[1]
-            )
-        program = jax.jit(of_config[False]).lower(state, batch).compile()
+        if experiment.mode.projected:  # no step will compute projectors
+            tx: Any = experiment.optimizer
+            refresh = jax.jit(tx.refresh)
+            state = state._replace(opt_state=refresh(state.params, state.opt_state, state.params))
+        program = jax.jit(steps[False]).lower(state, batch).compile()
         return state, {False: lambda state, batch: (state, program(state, batch))}
     calls: dict[bool, Call] = {
         refresh: jax.jit(step, donate_argnums=0).lower(state, batch).compile()
-        for refresh, step in of_config.items()
+        for refresh, step in steps.items()
     }
     if name == OPTAX:
         calls[True] = lambda state, batch: calls[False](with_count_zero(state), batch)
     return state, calls
 
 
-def count_gflops(name: str, config: Config, batch: steps.Batch) -> float:
-    """Of a step without a change of basis; see the top of this file."""
+def count_gflops(name: str, config: Config, batch: Batch) -> float:
+    """GFLOPs of a step without a refresh; see the top of this file."""
     config = config.copy_and_resolve_references()
     config.model.loss_chunk_tokens = batch["tokens"].size
-    tx, of_config = make_steps(name, config)
-    state, scan, counts = modes.abstract_state(config, tx), jax.lax.scan, []
+    experiment, steps = make_steps(name, config)
+    state, scan, counts = experiment.abstract_state(), jax.lax.scan, []
     for layers in (1, 2):
-        step = jax.jit(lambda *of: of_config[False](*of))
+        step = jax.jit(lambda *arguments: steps[False](*arguments))
         with mock.patch.object(jax.lax, "scan", functools.partial(scan, unroll=layers)):
             cost: Any = step.lower(state, batch).compile().cost_analysis()
         counts.append(cost["flops"])
@@ -177,7 +178,7 @@ def count_gflops(name: str, config: Config, batch: steps.Batch) -> float:
 
 
 def measure(
-    calls: dict[str, dict[bool, Call]], states: dict[str, Any], batch: steps.Batch, rounds: int
+    calls: dict[str, dict[bool, Call]], states: dict[str, Any], batch: Batch, rounds: int
 ) -> Taken:
     """Times each call in each round; a first round, to warm up, is not counted."""
     taken: Taken = {(name, refresh): [] for name, of in calls.items() for refresh in of}
@@ -218,7 +219,7 @@ def table(taken: Taken, gflops: dict[str, float]) -> list[str]:
 def main() -> None:
     raw = argparse.RawTextHelpFormatter
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=raw)
-    parser.add_argument("--model", choices=("llama_60m", "llama_130m"), default="llama_60m")
+    parser.add_argument("--model", choices=("60m", "130m"), default="60m")
     parser.add_argument("--tokens", type=int, default=2048, help="a step, a multiple of 256")
     parser.add_argument("--rounds", type=int, default=7)
     parser.add_argument("--only", default=",".join(REFERENCE), help="rows, separated by commas")
@@ -242,7 +243,7 @@ def main() -> None:
         states[name], calls[name] = compile_steps(name, config, batch)
     taken = measure(calls, states, batch, arguments.rounds)
     device = f"{jax.devices()[0].device_kind} ({os.cpu_count()} cores)"
-    run = f"{arguments.model}, {arguments.tokens} tokens a step, {arguments.rounds} rounds"
+    run = f"LLaMA {arguments.model}, {arguments.tokens} tokens a step, {arguments.rounds} rounds"
     print(f"jax {jax.__version__}, {device}, {run}\n", *table(taken, gflops), sep="\n")
 
 

@@ -3,12 +3,9 @@
 The other files of this folder start from here and are what ``--config`` takes.
 """
 
-import dataclasses
-
 from ml_collections import ConfigDict, config_dict
 
 from galore_jax.errors import UserError
-from galore_jax.models.presets import PRESETS
 
 
 def get_config(arg: str = "") -> ConfigDict:
@@ -20,7 +17,7 @@ def get_config(arg: str = "") -> ConfigDict:
     config = ConfigDict()
 
     # "galore", or "full": the optimizer on the full gradients. Choose after the colon of --config,
-    # as in --config=configs/llama_60m.py:method=full, so that the learning rate goes with it.
+    # as in --config=configs/llama.py:60m,method=full, so that the learning rate goes with it.
     config.method = "galore"
     config.seed = 0  # of the initial weights and of the order of the data
     config.train_steps = 10_000  # updates
@@ -39,8 +36,8 @@ def get_config(arg: str = "") -> ConfigDict:
     # "standard": all gradients, then all updates. "layerwise": each layer's weights are updated as
     # soon as its gradient is there, so that one layer's exists at a time (README, "Modes").
     config.updates = "standard"
-    # With GaLore: never form a full gradient between two changes of basis. None: True where it can
-    # be, that is without optimizer.clip_norm, which is of the full gradient.
+    # With GaLore: never form a full gradient between two refreshes. None: True where it can be,
+    # that is without optimizer.clip_norm, which is of the full gradient.
     config.projected_gradients = config_dict.placeholder(bool)
     config.ignore_memory_plan = False  # start even if the compiler's plan exceeds the memory
     config.remat = False  # recompute each block in the backward pass, to save memory
@@ -86,16 +83,16 @@ def get_config(arg: str = "") -> ConfigDict:
 
     config.galore = ConfigDict()
     config.galore.rank = 128
-    config.galore.update_proj_gap = 200  # updates between two changes of basis
+    config.galore.update_proj_gap = 200  # updates between two refreshes of the projectors
     config.galore.scale = 0.25  # factor on the updates of the projected matrices
     # "std": project the smaller side; "reverse_std": the larger; "full": both; "left"; "right"
     config.galore.proj_type = "std"
     # "svd" (the paper's) and "eigh": exact; "subspace_iteration": as good (docs/bases_sample.md) at
     # a fraction of the time (docs/refresh.md); "randomized"; "random": whatever the gradient
-    config.galore.basis = "subspace_iteration"
+    config.galore.projector = "subspace_iteration"
     config.galore.power_iterations = 2  # rounds of subspace_iteration and randomized at a refresh
-    config.galore.transport = True  # first moments follow the basis; False in the paper
-    # Where a new basis comes from, with projected gradients and several micro-batches: the full
+    config.galore.rotate_moments = True  # first moments follow a refresh; False in the paper
+    # Where a new projector comes from, with projected gradients and several micro-batches: the full
     # gradient of the whole "batch" (added up in float32), or of its first "micro_batch".
     config.galore.refresh_from = "batch"
     config.galore.projector_dtype = config_dict.placeholder(str)  # None: param_dtype
@@ -114,10 +111,3 @@ def get_config(arg: str = "") -> ConfigDict:
                 "method=galore, method=full and optimizer=NAME, separated by commas"
             )
     return config
-
-
-def set_model(config: ConfigDict, preset: str) -> None:
-    """Takes the sizes of a preset of ``galore_jax.models.presets``."""
-    sizes = dataclasses.asdict(PRESETS[preset])
-    for key in config.model:
-        config.model[key] = sizes[key]

@@ -1,11 +1,20 @@
 """GaLore for Optax: full-parameter training with low-rank optimizer state."""
 
+import contextlib
+import sys
+
+from galore_jax.quiet_cuda import quiet_cuda
+
+# "-m" while Python looks for galore_jax.memory in ``python -m galore_jax.memory``, and never else.
+with quiet_cuda() if sys.argv[:1] == ["-m"] else contextlib.nullcontext():
+    import jax  # noqa: F401
+
 from galore_jax.adam8bit import adamw8bit, scale_by_adam8bit
 from galore_jax.aliases import galore_adafactor, galore_adamw, galore_adamw8bit
 from galore_jax.chaining import chain
-from galore_jax.low_rank import GaLoreState
-from galore_jax.projected_grad import linear, projected_value_and_grad
-from galore_jax.transform import galore
+from galore_jax.galore import GaLoreState, galore
+from galore_jax.kernels import linear
+from galore_jax.projected_grad import projected_value_and_grad
 
 __all__ = [
     "GaLoreState",

@@ -1,43 +1,47 @@
-"""Optimizers with GaLore built in."""
+"""Aliases: optimizers with GaLore built in."""
 
-from collections.abc import Callable, Sequence
-from typing import Any, Literal
+import inspect
+from collections.abc import Callable
+from typing import Any, TypeVar, Unpack
 
 import jax
 import optax
 
 from galore_jax.adam8bit import adamw8bit
-from galore_jax.bases import Basis
-from galore_jax.matrices import Rank
-from galore_jax.projection import ProjType
+from galore_jax.galore import galore
+from galore_jax.galore_torch import decay_weights, scale_by_galore_torch_adam
+from galore_jax.options import GaLoreOptions
 from galore_jax.quantization import BLOCK_SIZE
-from galore_jax.reference import decay_weights, scale_by_reference_adam
-from galore_jax.transform import galore
+from galore_jax.weights import Rank
+
+Alias = TypeVar("Alias", bound=Callable[..., Any])
 
 
+def _with_options_spelled_out(alias: Alias) -> Alias:
+    """Lists ``**galore_options`` in the signature, as ``optax.inject_hyperparams`` reads it."""
+    own, options = inspect.signature(alias), inspect.signature(galore).parameters
+    kept = [p for p in own.parameters.values() if p.kind is not inspect.Parameter.VAR_KEYWORD]
+    listed = [options[name] for name in GaLoreOptions.__annotations__]
+    alias.__signature__ = own.replace(parameters=[*kept, *listed])  # pyright: ignore
+    return alias
+
+
+@_with_options_spelled_out
 def galore_adamw(
     learning_rate: optax.ScalarOrSchedule,
     rank: Rank = 128,
     *,
-    update_proj_gap: int = 200,
-    scale: float = 0.25,
-    proj_type: ProjType = "std",
-    target_modules: str | Sequence[str] | None = None,
-    weight_dimension_numbers: Any = None,
-    basis: Basis = "svd",
-    power_iterations: int = 2,
-    transport: bool = False,
-    projector_dtype: jax.typing.DTypeLike | None = None,
-    projector_bits: Literal[8, 4] | None = None,
-    seed: int = 0,
     b1: float = 0.9,
     b2: float = 0.999,
     eps: float = 1e-8,
     weight_decay: float = 0.0,
     mask: Any | Callable[[optax.Params], Any] | None = None,
     galore_torch_order: bool = False,
+    **galore_options: Unpack[GaLoreOptions],
 ) -> optax.GradientTransformationExtraArgs:
-    r"""``galore(optax.adamw(...))``: Adam on the projected gradients, decay on the whole weights.
+    r"""Runs Adam on the projected gradients, and decay on the whole weights.
+
+    This is ``galore(optax.adamw(...))``.
 
     ``galore_torch.GaLoreAdamW`` has other defaults, and another order:
 
@@ -51,10 +55,10 @@ def galore_adamw(
 
     Args:
       learning_rate: a float or an Optax schedule.
-      rank, update_proj_gap, scale, proj_type, target_modules, weight_dimension_numbers, basis,
-        power_iterations, transport, projector_dtype, projector_bits, seed: see :func:`galore`.
+      rank: see :func:`galore_jax.galore`.
       b1, b2, eps, weight_decay, mask: see ``optax.adamw``.
       galore_torch_order: whether ``eps`` and the decay go where ``galore_torch`` has them.
+      galore_options: see :class:`galore_jax.options.GaLoreOptions`.
 
     Returns:
       A gradient transformation with a :class:`galore_jax.GaLoreState`; in ``galore_torch_order``
@@ -71,7 +75,7 @@ def galore_adamw(
     """
     if galore_torch_order:
         inner = optax.chain(
-            scale_by_reference_adam(b1, b2, eps), optax.scale_by_learning_rate(learning_rate)
+            scale_by_galore_torch_adam(b1, b2, eps), optax.scale_by_learning_rate(learning_rate)
         )
     else:
         inner = optax.adamw(
@@ -80,38 +84,18 @@ def galore_adamw(
     tx = galore(
         inner,
         rank=rank,
-        update_proj_gap=update_proj_gap,
-        scale=scale,
-        proj_type=proj_type,
-        target_modules=target_modules,
-        weight_dimension_numbers=weight_dimension_numbers,
-        basis=basis,
-        power_iterations=power_iterations,
-        transport=transport,
-        projector_dtype=projector_dtype,
-        projector_bits=projector_bits,
-        seed=seed,
+        **galore_options,
     )
     if galore_torch_order and (isinstance(weight_decay, jax.Array) or weight_decay):
         return optax.chain(tx, decay_weights(learning_rate, weight_decay, mask, after_update=True))
     return tx
 
 
+@_with_options_spelled_out
 def galore_adamw8bit(
     learning_rate: optax.ScalarOrSchedule,
     rank: Rank = 128,
     *,
-    update_proj_gap: int = 200,
-    scale: float = 0.25,
-    proj_type: ProjType = "std",
-    target_modules: str | Sequence[str] | None = None,
-    weight_dimension_numbers: Any = None,
-    basis: Basis = "svd",
-    power_iterations: int = 2,
-    transport: bool = False,
-    projector_dtype: jax.typing.DTypeLike | None = None,
-    projector_bits: Literal[8, 4] | None = None,
-    seed: int = 0,
     b1: float = 0.9,
     b2: float = 0.999,
     eps: float = 1e-8,
@@ -119,15 +103,18 @@ def galore_adamw8bit(
     mask: Any | Callable[[optax.Params], Any] | None = None,
     block_size: int = BLOCK_SIZE,
     min_8bit_size: int = 4096,
+    **galore_options: Unpack[GaLoreOptions],
 ) -> optax.GradientTransformationExtraArgs:
-    """``galore(adamw8bit(...))``: 8-bit GaLore, the paper's 7B on 24 GB.
+    """Runs 8-bit Adam on the projected gradients: the paper's 7B on 24 GB.
+
+    This is ``galore(adamw8bit(...))``.
 
     Args:
       learning_rate: a float or an Optax schedule.
-      rank, update_proj_gap, scale, proj_type, target_modules, weight_dimension_numbers, basis,
-        power_iterations, transport, projector_dtype, projector_bits, seed: see :func:`galore`.
+      rank: see :func:`galore_jax.galore`.
       b1, b2, eps, weight_decay, mask, block_size, min_8bit_size: see
         :func:`galore_jax.adam8bit.adamw8bit`.
+      galore_options: see :class:`galore_jax.options.GaLoreOptions`.
 
     Returns:
       A gradient transformation with a :class:`galore_jax.GaLoreState`.
@@ -155,35 +142,15 @@ def galore_adamw8bit(
     return galore(
         inner,
         rank=rank,
-        update_proj_gap=update_proj_gap,
-        scale=scale,
-        proj_type=proj_type,
-        target_modules=target_modules,
-        weight_dimension_numbers=weight_dimension_numbers,
-        basis=basis,
-        power_iterations=power_iterations,
-        transport=transport,
-        projector_dtype=projector_dtype,
-        projector_bits=projector_bits,
-        seed=seed,
+        **galore_options,
     )
 
 
+@_with_options_spelled_out
 def galore_adafactor(
     learning_rate: optax.ScalarOrSchedule,
     rank: Rank = 128,
     *,
-    update_proj_gap: int = 200,
-    scale: float = 0.25,
-    proj_type: ProjType = "std",
-    target_modules: str | Sequence[str] | None = None,
-    weight_dimension_numbers: Any = None,
-    basis: Basis = "svd",
-    power_iterations: int = 2,
-    transport: bool = False,
-    projector_dtype: jax.typing.DTypeLike | None = None,
-    projector_bits: Literal[8, 4] | None = None,
-    seed: int = 0,
     b1: float | None = None,
     decay_rate: float = 0.8,
     eps: float = 1e-30,
@@ -192,8 +159,9 @@ def galore_adafactor(
     weight_decay: float = 0.0,
     mask: Any | Callable[[optax.Params], Any] | None = None,
     galore_torch_order: bool = False,
+    **galore_options: Unpack[GaLoreOptions],
 ) -> optax.GradientTransformationExtraArgs:
-    """Adafactor on the projected gradients, with an absolute learning rate.
+    """Runs Adafactor on the projected gradients, with an absolute learning rate.
 
     As the reference trains with its ``GaLoreAdafactor``: ``scale_parameter=False``,
     ``relative_step=False``, ``warmup_init=False``. Against ``optax.adafactor``: every matrix is
@@ -202,8 +170,7 @@ def galore_adafactor(
 
     Args:
       learning_rate: a float or an Optax schedule.
-      rank, update_proj_gap, scale, proj_type, target_modules, weight_dimension_numbers, basis,
-        power_iterations, transport, projector_dtype, projector_bits, seed: see :func:`galore`.
+      rank: see :func:`galore_jax.galore`.
       b1: of a momentum on the updates (the reference's ``beta1``); None has none.
       decay_rate: the second moment's at update t is ``1 - t**-decay_rate`` (the reference
         writes -0.8).
@@ -212,8 +179,9 @@ def galore_adafactor(
       min_dim_size_to_factor: a leaf whose second largest axis is smaller keeps a full second
         moment.
       weight_decay, mask: decoupled, see ``optax.adamw``.
-      galore_torch_order: whether the weight is decayed as it is after the update, as in
-        ``galore_torch``, and not as before it.
+      galore_torch_order: whether the decay is a link of its own, on the weight as before the update
+        as in ``galore_torch``; False gives the same up to rounding.
+      galore_options: see :class:`galore_jax.options.GaLoreOptions`.
 
     Returns:
       A gradient transformation with a :class:`galore_jax.GaLoreState`; in ``galore_torch_order``
@@ -247,18 +215,8 @@ def galore_adafactor(
     tx = galore(
         optax.chain(*links),
         rank=rank,
-        update_proj_gap=update_proj_gap,
-        scale=scale,
-        proj_type=proj_type,
-        target_modules=target_modules,
-        weight_dimension_numbers=weight_dimension_numbers,
-        basis=basis,
-        power_iterations=power_iterations,
-        transport=transport,
-        projector_dtype=projector_dtype,
-        projector_bits=projector_bits,
-        seed=seed,
+        **galore_options,
     )
     if decays and galore_torch_order:
-        return optax.chain(tx, decay_weights(learning_rate, weight_decay, mask, after_update=True))
+        return optax.chain(tx, decay_weights(learning_rate, weight_decay, mask))
     return tx

@@ -2,6 +2,7 @@
 
 import warnings
 from collections.abc import Callable
+from typing import Any
 
 import optax
 
@@ -12,15 +13,17 @@ class BareGaLore(optax.GradientTransformationExtraArgs):
     """A ``galore`` still without its optimizer.
 
     Attributes:
-      wrap: gives it one.
+      wrap: a function that gives it one.
+      refresh: see :class:`galore_jax.galore.GaLore`.
     """
 
     wrap: Wrap
+    refresh: Callable[..., Any]
 
 
 def bare_galore(wrap: Wrap) -> BareGaLore:
-    """Warns once where it is used as it is: in Optax's own ``chain``."""
-    alone = wrap(optax.identity())
+    """Makes a ``galore`` without an optimizer, which warns once in Optax's own ``chain``."""
+    alone: Any = wrap(optax.identity())
     warned = False
 
     def init(params: optax.Params) -> optax.OptState:
@@ -36,12 +39,12 @@ def bare_galore(wrap: Wrap) -> BareGaLore:
         return alone.init(params)
 
     bare = BareGaLore(init, alone.update)
-    bare.wrap = wrap
+    bare.wrap, bare.refresh = wrap, alone.refresh
     return bare
 
 
 def chain(*transforms: optax.GradientTransformation) -> optax.GradientTransformationExtraArgs:
-    """``optax.chain`` that understands a bare ``galore(rank=...)``: it wraps all that follows it.
+    """Chains like ``optax.chain``, save that a bare ``galore(rank=...)`` wraps all that follows it.
 
     Args:
       *transforms: gradient transformations, at most one of them a bare ``galore``.

@@ -1,6 +1,6 @@
-"""What a basis captures, how far two bases are apart, how close to low rank a gradient is.
+"""Measures of projectors and gradients: captured energy, overlap of bases, stable rank.
 
-Leading axes of every argument are a stack, as in :mod:`galore_jax.bases`, and broadcast. Everything
+Leading axes of every argument are a stack, as in :mod:`galore_jax.projectors`, and broadcast. Everything
 is computed in float32 (float64 for float64) and may be inside ``jax.jit``. What is not finite gives
 NaN. For each projected matrix of a model whose kernels are matrices or stacks of them:
 
@@ -16,8 +16,8 @@ NaN. For each projected matrix of a model whose kernels are matrices or stacks o
 import jax
 import jax.numpy as jnp
 
-from galore_jax.bases import each_matrix
 from galore_jax.projection import Projector, Side, TwoSided, in_float32, matmul, project, scaled
+from galore_jax.projectors import each_matrix
 
 
 def captured_energy(

@@ -1,10 +1,10 @@
-"""Projection of one matrix, or of a stack of matrices along leading axes, onto a basis.
+"""Projection of one matrix, or of a stack of matrices along leading axes.
 
-A gradient ``G`` of shape (..., m, n) is projected onto an orthonormal basis of one of its sides, or
-of both (Zhao et al. 2024, arXiv:2403.03507, section 3 and Definition 3.4):
+A gradient ``G`` of shape (..., m, n) is projected onto orthonormal columns on one of its sides, or
+on both (Zhao et al. 2024, arXiv:2403.03507, section 3 and Definition 3.4):
 
 =======  ========================  ==============================  ===============
-side     basis                     coordinates R                   brought back
+side     projector                 low-rank gradient R             brought back
 =======  ========================  ==============================  ===============
 left     P (..., m, r)             ``P^T G``, (..., r, n)          ``P R``
 right    P (..., n, r)             ``G P``, (..., m, r)            ``R P^T``
@@ -14,11 +14,18 @@ both     P, Q: (m, r) and (n, r)   ``P^T G Q``, (..., r, r)        ``P R Q^T``
 
 import dataclasses
 import functools
+import warnings
 from collections.abc import Callable
 from typing import Any, Literal, NamedTuple, get_args
 
 import jax
 import jax.numpy as jnp
+import optax
+
+from galore_jax.quantization import Quantized, dequantize
+
+# As Optax names the first moments of its optimizers: linear in the gradients or the updates.
+FIRST_MOMENTS = frozenset({"mu", "trace", "ema"})
 
 ProjType = Literal["std", "reverse_std", "left", "right", "full"]
 Side = Literal["left", "right", "both"]
@@ -27,7 +34,7 @@ PROJ_TYPES: tuple[ProjType, ...] = get_args(ProjType)
 
 
 class TwoSided(NamedTuple):
-    """The two bases of ``proj_type="full"``.
+    """The two projectors of ``proj_type="full"``.
 
     Attributes:
       left: P, (..., m, r).
@@ -42,33 +49,33 @@ Projector = jax.Array | TwoSided
 
 
 @functools.partial(
-    jax.tree_util.register_dataclass, data_fields=["coordinates"], meta_fields=["shape", "side"]
+    jax.tree_util.register_dataclass, data_fields=["low_rank"], meta_fields=["shape", "side"]
 )
 @dataclasses.dataclass(frozen=True)
 class ProjectedGradient:
-    """A gradient of which only the coordinates in a basis exist, a pytree of one array.
+    """A gradient of which only the low-rank projection R exists, a pytree of one array.
 
     :func:`galore_jax.galore` takes it in place of the gradient of that shape. Sums and multiples
-    of such gradients in the same basis are ``jax.tree.map`` away.
+    of such gradients with the same projector are ``jax.tree.map`` away.
 
     Attributes:
-      coordinates: (..., r, n), (..., m, r) or (..., r, r), by the side.
-      shape: (..., m, n), that of the gradient it stands for.
+      low_rank: R, (..., r, n), (..., m, r) or (..., r, r), by the side.
+      shape: (..., m, n), the shape of the full gradient.
       side: the side that is projected.
     """
 
-    coordinates: Any
+    low_rank: Any
     shape: tuple[int, ...]
     side: Side
 
     @property
     def dtype(self) -> Any:
-        """That of the coordinates."""
-        return self.coordinates.dtype
+        """The dtype of R."""
+        return self.low_rank.dtype
 
 
 def is_projected_gradient(node: Any) -> bool:
-    """Whether a node of a tree is one, for ``is_leaf``.
+    """Tells whether a node of a tree is a :class:`ProjectedGradient`, for ``is_leaf``.
 
     >>> import jax.numpy as jnp
     >>> is_projected_gradient(ProjectedGradient(jnp.ones((2, 6)), (4, 6), "left"))
@@ -78,7 +85,7 @@ def is_projected_gradient(node: Any) -> bool:
 
 
 def projected_side(shape: tuple[int, ...], proj_type: ProjType = "std") -> Side:
-    """The side of a matrix that a ``proj_type`` projects.
+    """Finds the side of a matrix that a ``proj_type`` projects.
 
     ``std`` is the smaller side, as in the paper, and ``reverse_std`` the larger one. Flax kernels
     are (in, out) and torch weights (out, in). For a square matrix the reference
@@ -107,7 +114,7 @@ def projected_side(shape: tuple[int, ...], proj_type: ProjType = "std") -> Side:
 
 
 def effective_rank(shape: tuple[int, ...], rank: int) -> int:
-    """``min(rank, m, n)`` for a (..., m, n) matrix.
+    """Computes ``min(rank, m, n)`` for a (..., m, n) matrix.
 
     >>> effective_rank((8, 64, 512), 128)
     64
@@ -116,7 +123,7 @@ def effective_rank(shape: tuple[int, ...], rank: int) -> int:
 
 
 def projected_shape(shape: tuple[int, ...], rank: int, side: Side) -> tuple[int, ...]:
-    """Shape of the coordinates: (..., r, n) for left, (..., m, r) for right, (..., r, r) for both.
+    """Gives the shape of R: (..., r, n) for left, (..., m, r) for right, (..., r, r) for both.
 
     >>> projected_shape((8, 512, 1376), 128, "left"), projected_shape((512, 1376), 128, "both")
     ((8, 128, 1376), (128, 128))
@@ -126,23 +133,45 @@ def projected_shape(shape: tuple[int, ...], rank: int, side: Side) -> tuple[int,
     return (*shape[:-2], rows, columns)
 
 
+def projector_shape(shape: tuple[int, ...], rank: int, side: Side) -> Any:
+    """Gives a projector's shape: (..., m, r) for left, (..., n, r) for right, the two for both.
+
+    >>> projector_shape((8, 512, 1376), 128, "left"), projector_shape((8, 4), 2, "both")
+    ((8, 512, 128), TwoSided(left=(8, 2), right=(4, 2)))
+    """
+    r = effective_rank(shape, rank)
+    left, right = ((*shape[:-2], rows, r) for rows in shape[-2:])
+    return TwoSided(left, right) if side == "both" else left if side == "left" else right
+
+
 def empty_projector(
     shape: tuple[int, ...], rank: int, side: Side, dtype: jax.typing.DTypeLike
 ) -> Projector:
-    """A projector of zeros: (..., m, r) for left, (..., n, r) for right, the two for both.
+    """Makes a projector of zeros, of the shape that :func:`projector_shape` gives.
 
     >>> empty_projector((8, 512, 1376), 128, "left", "float32").shape
     (8, 512, 128)
     """
-    r = effective_rank(shape, rank)
-    left, right = ((*shape[:-2], rows, r) for rows in shape[-2:])
-    if side == "both":
-        return TwoSided(jnp.zeros(left, dtype), jnp.zeros(right, dtype))
-    return jnp.zeros(left if side == "left" else right, dtype)
+    shapes = projector_shape(shape, rank, side)
+    if isinstance(shapes, TwoSided):
+        return TwoSided(*(jnp.zeros(each, dtype) for each in shapes))
+    return jnp.zeros(shapes, dtype)
+
+
+def dense(projector: Any) -> Projector:
+    """Decodes a stored projector, or a tree of them, if it is quantised.
+
+    >>> import jax.numpy as jnp
+    >>> dense(jnp.eye(2)).shape
+    (2, 2)
+    """
+    is_codes = lambda node: isinstance(node, Quantized)  # noqa: E731
+    decode = lambda node: dequantize(node) if is_codes(node) else node  # noqa: E731
+    return jax.tree.map(decode, projector, is_leaf=is_codes)
 
 
 def project(matrix: jax.Array, projector: Projector, side: Side) -> jax.Array:
-    """Coordinates of a (..., m, n) matrix in the basis, in the matrix's dtype.
+    """Projects a (..., m, n) matrix to R, in the matrix's dtype.
 
     >>> import jax.numpy as jnp
     >>> project(jnp.ones((4, 6)), jnp.eye(4, 2), "left").shape
@@ -151,34 +180,77 @@ def project(matrix: jax.Array, projector: Projector, side: Side) -> jax.Array:
     return _on_each_side(matrix, projector, side, lambda basis: jnp.swapaxes(basis, -2, -1))
 
 
-def project_back(coordinates: jax.Array, projector: Projector, side: Side) -> jax.Array:
-    """The (..., m, n) matrix of the given coordinates, in the coordinates' dtype.
+def project_back(low_rank: jax.Array, projector: Projector, side: Side) -> jax.Array:
+    """Brings R back to a (..., m, n) matrix, in the dtype of R.
 
     >>> import jax.numpy as jnp
     >>> project_back(jnp.ones((2, 6)), jnp.eye(4, 2), "left").shape
     (4, 6)
     """
-    return _on_each_side(coordinates, projector, side, lambda basis: basis)
+    return _on_each_side(low_rank, projector, side, lambda basis: basis)
 
 
-def transport(coordinates: jax.Array, old: Projector, new: Projector, side: Side) -> jax.Array:
-    """Coordinates in a new basis of what has the given ones in the old: ``(P_new^T P_old) R``.
+def rotate(low_rank: jax.Array, old: Projector, new: Projector, side: Side) -> jax.Array:
+    """Turns R from an old projector to a new one: ``(P_new^T P_old) R`` on the left.
 
-    What lies outside the new subspace is lost. Computed in float32 (float64 for float64).
+    The part outside the new subspace is lost. Computed in float32 (float64 for float64).
 
     >>> import jax.numpy as jnp
-    >>> transport(jnp.array([[1.0], [2.0]]), jnp.eye(2), jnp.eye(2)[:, ::-1], "left").tolist()
+    >>> rotate(jnp.array([[1.0], [2.0]]), jnp.eye(2), jnp.eye(2)[:, ::-1], "left").tolist()
     [[2.0], [1.0]]
     """
 
     def turn(new_basis: jax.Array, old_basis: jax.Array) -> jax.Array:
         return matmul(jnp.swapaxes(in_float32(new_basis), -2, -1), in_float32(old_basis))
 
-    return _on_each_side(coordinates, jax.tree.map(turn, new, old), side, lambda basis: basis)
+    return _on_each_side(low_rank, jax.tree.map(turn, new, old), side, lambda basis: basis)
+
+
+def split_first_moments(state: Any) -> tuple[list[Any], Callable[[list[Any]], Any]]:
+    """Takes the first moments out of an optimizer's state, by the names that Optax uses.
+
+    Those of a centred second moment (``rmsprop(centered=True)``) are left where they are: turned
+    alone they would make its variance negative.
+
+    Returns:
+      The trees under fields named ``mu``, ``trace`` or ``ema``; and a function that puts others in
+      their places.
+
+    >>> import jax.numpy as jnp, optax
+    >>> moments, put = split_first_moments(optax.adam(0.1).init({"w": jnp.ones(2)}))
+    >>> moments, put([{"w": 1}])[0].mu
+    ([{'w': Array([0., 0.], dtype=float32)}], {'w': 1})
+    """
+
+    def is_moment(path: Any) -> bool:
+        return bool(path) and getattr(path[-1], "name", None) in FIRST_MOMENTS
+
+    nodes, treedef = jax.tree_util.tree_flatten_with_path(
+        state,
+        is_leaf=lambda path, x: is_moment(path) or isinstance(x, optax.ScaleByRStdDevState),
+        is_leaf_takes_path=True,
+    )
+    at = [i for i, (path, _) in enumerate(nodes) if is_moment(path)]
+
+    def put(moments: list[Any]) -> Any:
+        new = dict(zip(at, moments, strict=True))
+        return treedef.unflatten([new.get(i, node) for i, (_, node) in enumerate(nodes)])
+
+    return [nodes[i][1] for i in at], put
+
+
+def warn_without_first_moments(state: Any) -> None:
+    """Warns that ``rotate_moments`` does nothing for a state without first moments."""
+    if not split_first_moments(state)[0]:
+        warnings.warn(
+            "rotate_moments=True does nothing here: the optimizer's state has no first moment "
+            "named mu, trace or ema that can turn",
+            stacklevel=3,
+        )
 
 
 def matmul(a: jax.Array, b: jax.Array) -> jax.Array:
-    """The product in full float32, on hardware whose default for float32 is less too (TPU, TF32).
+    """Multiplies in full float32, on hardware whose default for float32 is less too (TPU, TF32).
 
     Orthonormality is what makes ``project_back`` the inverse of ``project`` on the subspace.
 
@@ -190,7 +262,7 @@ def matmul(a: jax.Array, b: jax.Array) -> jax.Array:
 
 
 def in_float32(array: jax.Array) -> jax.Array:
-    """The array in float32, or in float64 if it is that.
+    """Converts an array to float32, or leaves it in float64.
 
     >>> import jax.numpy as jnp
     >>> in_float32(jnp.ones(3, jnp.bfloat16)).dtype
@@ -201,7 +273,7 @@ def in_float32(array: jax.Array) -> jax.Array:
 
 
 def scaled(gradient: jax.Array) -> jax.Array:
-    """A (..., m, n) gradient in float32 with 1 as the largest magnitude of each matrix.
+    """Scales a (..., m, n) gradient, in float32, to 1 as the largest magnitude of each matrix.
 
     Squares then neither vanish nor overflow.
 

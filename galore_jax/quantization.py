@@ -33,7 +33,6 @@ from typing import Any, Literal, NamedTuple, get_args
 import jax
 import jax.numpy as jnp
 
-from galore_jax.projection import in_float32
 from galore_jax.sharding import zeros_beside
 
 Encoding = Literal["adaptive", "adaptive_root", "int8", "int4"]
@@ -233,14 +232,14 @@ def smallest_magnitudes(array: jax.Array, block_size: int = BLOCK_SIZE) -> jax.A
     >>> smallest_magnitudes(jnp.array([0.0, -8.0, 2.0])).tolist()
     [2.0]
     """
-    blocks = jnp.abs(_in_blocks(in_float32(array).astype(jnp.float32), block_size))
+    blocks = jnp.abs(_in_blocks(jnp.asarray(array).astype(jnp.float32), block_size))
     smallest = jnp.where(blocks > 0, blocks, jnp.inf).min(axis=(-3, -1))
     return smallest.reshape(scales_shape(array.shape, block_size))
 
 
 def _coded(array: jax.Array, encoding: Encoding) -> jax.Array:
     """Returns what the codes encode: the float32 array, or its root."""
-    array = in_float32(array).astype(jnp.float32)
+    array = jnp.asarray(array).astype(jnp.float32)
     return jnp.sqrt(array) if encoding == "adaptive_root" else array
 
 

@@ -42,29 +42,37 @@ def zeros_beside(
     return jnp.zeros(shape, dtype, device=NamedSharding(sharding.mesh, P(*spec)))
 
 
-def in_auto_mode(fn: Callable[..., Any], operands: Any, like: Any) -> Any:
-    """``fn(operands)``, where the compiler decides how intermediate results are sharded.
+def in_auto_mode(
+    fn: Callable[..., Any], arguments: tuple[Any, ...], options: dict[str, Any], *, like: Any
+) -> Any:
+    """Calls ``fn(*arguments, **options)`` where the compiler shards intermediate results.
 
     On a mesh with explicit axes (the default of ``jax.make_mesh``) every product of sharded arrays
     would ask for an output sharding. ``fn`` runs with automatic ones, and its results are sharded
     as the arrays of ``like``, a tree of their structure. Elsewhere it is just called.
 
     >>> import jax.numpy as jnp
-    >>> in_auto_mode(lambda x: 2 * x, jnp.ones(()), jnp.ones(())).item()
+    >>> in_auto_mode(lambda x: 2 * x, (jnp.ones(()),), {}, like=jnp.ones(())).item()
     2.0
     """
-    meshes = [
-        sharding.mesh
-        for leaf in jax.tree.leaves(operands)
-        if (sharding := _explicit_sharding(leaf)) is not None
-    ]
-    if not meshes:
-        return fn(operands)
+    leaves, treedef = jax.tree.flatten((arguments, options))
+    is_array = [isinstance(leaf, jax.Array) for leaf in leaves]
+    arrays = [leaf for leaf in leaves if isinstance(leaf, jax.Array)]
+    shardings = [sharding for x in arrays if (sharding := _explicit_sharding(x)) is not None]
+    if not shardings:
+        return fn(*arguments, **options)
 
-    def of(leaf: Any) -> NamedSharding:
-        return _explicit_sharding(leaf) or NamedSharding(meshes[0], P(*(None,) * jnp.ndim(leaf)))
+    def call(arrays: list[jax.Array]) -> Any:
+        given = iter(arrays)
+        pairs = zip(leaves, is_array, strict=True)
+        positional, named = treedef.unflatten([next(given) if is_ else x for x, is_ in pairs])
+        return fn(*positional, **named)
 
-    return jax.sharding.auto_axes(fn, out_sharding=jax.tree.map(of, like))(operands)
+    def sharding_of(leaf: Any) -> NamedSharding:
+        replicated = NamedSharding(shardings[0].mesh, P(*(None,) * jnp.ndim(leaf)))
+        return _explicit_sharding(leaf) or replicated
+
+    return jax.sharding.auto_axes(call, out_sharding=jax.tree.map(sharding_of, like))(arrays)
 
 
 def _sharding(leaf: Any) -> NamedSharding | None:

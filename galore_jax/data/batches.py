@@ -2,22 +2,24 @@
 
 import atexit
 import dataclasses
-import weakref
-from collections.abc import Iterator
+import itertools
+import queue
+import threading
+from collections.abc import Callable, Generator, Iterator
+from contextlib import AbstractContextManager, closing, suppress
+from typing import Any, ClassVar
 
-import grain
 import numpy as np
 
-from galore_jax.data.c4 import RandomAccess, Shards, check_tfds, find_c4
-from galore_jax.data.packing import PackedRows
+from galore_jax.data.c4 import check_tfds, find_c4
+from galore_jax.data.packing import IGNORED, document_row, packed_rows
 from galore_jax.data.sample import prepare_sample
 from galore_jax.data.tokenizer import Tokenizer, check_vocabulary
 from galore_jax.errors import UserError
 
-IGNORED = -1  # the target where there is nothing to predict
-_BATCHES_AHEAD = 4
-
 Batch = dict[str, np.ndarray]
+State = dict[str, Any]  # of JSON values
+_Stream = Generator[tuple[Batch, State], None, None]  # each with the state after it
 
 
 @dataclasses.dataclass(frozen=True)
@@ -64,75 +66,138 @@ class TextData:
         """
         check_tfds()
         self._config = config
-        self._source: RandomAccess | Shards
+        data_dir, tokenizer = config.data_dir, config.tokenizer
         if config.name == "sample":
-            if config.data_dir is not None:
+            if data_dir is not None:
                 raise UserError("config.data.data_dir is for c4; the sample has a cache of its own")
-            data_dir, tokenizer = prepare_sample()
-            self._source = find_c4(str(data_dir))
-            self.tokenizer = Tokenizer(config.tokenizer or tokenizer)
-        elif config.name == "c4":
-            self._source = find_c4(config.data_dir)
-            if config.tokenizer is None:
-                raise UserError(
-                    "config.data.tokenizer is not set; give a SentencePiece model, for the "
-                    "paper's runs the spiece.model of t5-base"
-                )
-            self.tokenizer = Tokenizer(config.tokenizer)
-        else:
+            data_dir, own_tokenizer = prepare_sample()
+            tokenizer = tokenizer or own_tokenizer
+        elif config.name != "c4":
             raise UserError(f"config.data.name={config.name!r} must be c4 or sample")
+        self._source = find_c4(data_dir)
+        if tokenizer is None:
+            raise UserError(
+                "config.data.tokenizer is not set; give a SentencePiece model, for the paper's "
+                "runs the spiece.model of t5-base"
+            )
+        self.tokenizer = Tokenizer(tokenizer)
         check_vocabulary(self.tokenizer, vocab_size)
         self.source = f"{config.name}: {self._source.description}"
 
-    def train_batches(self, *, batch_size: int, seed: int) -> grain.DatasetIterator[Batch]:
-        """Batches without end, each epoch in an order of its own, read ahead in the background.
-
-        The iterator's ``get_state()`` is a dict of JSON values, the position after the batch it
-        returned last; ``set_state`` takes it up exactly, in another process too.
-        """
-        rows = self._rows("train", seed=seed).batch(batch_size, drop_remainder=True)
-        batches = iter(
-            grain.experimental.ThreadPrefetchIterDataset(rows, prefetch_buffer_size=_BATCHES_AHEAD)
+    def train_batches(self, *, batch_size: int, seed: int) -> "Batches":
+        """Gives batches without end, each epoch in an order of its own, read ahead by a thread."""
+        seed %= 2**32  # as Grain's shuffle wants it
+        return Batches(
+            lambda state: _read_ahead(self._batches("train", batch_size, seed, state), count=4)
         )
-        # A thread that is still tokenising when the interpreter ends aborts the whole process.
-        atexit.register(_close, weakref.ref(batches))
-        return batches
 
-    def eval_batches(self, *, batch_size: int) -> Iterator[Batch]:
-        """The held-out split once, in its own order; the last batch is filled with rows of -1."""
-        for batch in self._rows("validation", seed=None).batch(batch_size, drop_remainder=False):
-            missing = ((0, batch_size - len(batch["tokens"])), (0, 0))
-            yield {
-                "tokens": np.pad(batch["tokens"], missing, constant_values=self.tokenizer.pad_id),
-                "targets": np.pad(batch["targets"], missing, constant_values=IGNORED),
-            }
+    def eval_batches(self, *, batch_size: int) -> "Batches":
+        """Gives the held-out split once, in order; the last batch is filled with rows of -1.
 
-    def _rows(self, split: str, *, seed: int | None) -> grain.IterDataset[Batch]:
-        documents = self._source.texts(split, seed=seed).map(self.tokenizer.encode)
-        length, pad_id = self._config.seq_len, self.tokenizer.pad_id
-        if self._config.packing:
-            return PackedRows(documents, length, pad_id=pad_id, ignored=IGNORED)
-        eos_id = self.tokenizer.eos_id
-        return documents.map(lambda ids: document_row(ids, length, eos_id=eos_id, pad_id=pad_id))
+        No thread reads ahead: the next batch is read while the device works on the last one.
+        """
+        return Batches(lambda state: self._batches("validation", batch_size, None, state))
+
+    def _batches(self, split: str, size: int, seed: int | None, state: State) -> _Stream:
+        length, encode = self._config.seq_len, self.tokenizer.encode
+        eos_id, pad_id = self.tokenizer.eos_id, self.tokenizer.pad_id
+        with closing(self._source.texts(split, seed=seed, place=state.get("place", ()))) as texts:
+            documents = ((encode(text), after) for text, after in texts)
+            if self._config.packing:
+                rows = packed_rows(documents, length, pad_id=pad_id, **state)
+            else:
+                rows = (
+                    (document_row(ids, length, eos_id=eos_id, pad_id=pad_id), {"place": after})
+                    for ids, after in documents
+                )
+            while taken := list(itertools.islice(rows, size)):
+                tokens = np.full((size, length), pad_id, np.int32)
+                targets = np.full((size, length), IGNORED, np.int32)
+                for i, (row, _) in enumerate(taken):
+                    tokens[i], targets[i] = row["tokens"], row["targets"]
+                yield {"tokens": tokens, "targets": targets}, taken[-1][1]
 
 
-def _close(batches: weakref.ref[grain.DatasetIterator[Batch]]) -> None:
-    if (iterator := batches()) is not None:
-        iterator.close()
+class Batches(Iterator[Batch], AbstractContextManager["Batches", None]):
+    """An iterator of batches, to be closed: ``with data.train_batches(...) as batches:``.
 
-
-def document_row(ids: np.ndarray, length: int, *, eos_id: int, pad_id: int) -> Batch:
-    """One document as a row: cut so that it still ends with the end token, or padded.
-
-    >>> row = document_row(np.array([7, 8, 1]), 5, eos_id=1, pad_id=0)
-    >>> row["tokens"].tolist(), row["targets"].tolist()
-    ([7, 8, 1, 0, 0], [8, 1, -1, -1, -1])
-    >>> document_row(np.array([7, 8, 9, 1]), 3, eos_id=1, pad_id=0)["tokens"].tolist()
-    [7, 8, 1]
+    Its end and an error close it too.
     """
-    ids = ids if len(ids) <= length else np.append(ids[: length - 1], eos_id)
-    tokens = np.full(length, pad_id, np.int32)
-    targets = np.full(length, IGNORED, np.int32)
-    tokens[: len(ids)] = ids
-    targets[: len(ids) - 1] = ids[1:]
-    return {"tokens": tokens, "targets": targets}
+
+    # A stream that reads ahead joins its thread when it is closed. Were it left to the garbage
+    # collector, that could be at any moment, in any thread, whatever locks this thread holds; if
+    # the joined thread waits for one of them, neither ends. Seen with Grain's prefetching iterator,
+    # whose __del__ joins, collected in ThreadPoolExecutor.submit, which holds a lock of all
+    # executors; https://github.com/google/grain/pull/1373 would mend its part.
+    # So each is kept here until it is closed, and one that is forgotten until the process ends.
+    _open: ClassVar[set[_Stream]] = set()
+
+    def __init__(self, read: Callable[[State], _Stream]):
+        self._read = read
+        self._batches = read({})
+        self.set_state({})
+
+    def __next__(self) -> Batch:
+        try:
+            batch, self._state = next(self._batches)
+        except BaseException:
+            self.close()
+            raise
+        return batch
+
+    def get_state(self) -> State:
+        """Returns the position after the batch returned last, a dict of JSON values."""
+        return self._state
+
+    def set_state(self, state: State) -> None:
+        """Goes exactly to a position that ``get_state`` gave, in another process too."""
+        self.close()
+        self._state, self._batches = state, self._read(state)
+        self._open.add(self._batches)
+
+    def close(self) -> None:
+        """Stops the thread and closes the files; there are no more batches then."""
+        self._batches.close()
+        self._open.discard(self._batches)
+
+    def __exit__(self, *exception: object) -> None:
+        self.close()
+
+
+@atexit.register
+def _close_all() -> None:
+    # A thread that is still tokenising when the interpreter ends aborts the whole process.
+    for stream in tuple(Batches._open):
+        stream.close()
+
+
+def _read_ahead(stream: _Stream, *, count: int) -> _Stream:
+    """Yields what ``stream`` does, which a thread reads up to ``count`` ahead, until closed."""
+    buffer: queue.Queue[Any] = queue.Queue(count)
+    stop = threading.Event()
+
+    def read() -> None:
+        end = None
+        try:
+            with closing(stream):
+                for item in stream:
+                    buffer.put(item)
+                    if stop.is_set():
+                        return
+        except BaseException as error:  # raised again where the items are wanted
+            end = error
+        buffer.put(end)
+
+    thread = threading.Thread(target=read, name="read-ahead", daemon=True)
+    thread.start()
+    try:
+        while isinstance(item := buffer.get(), tuple):
+            yield item
+        if item is not None:
+            raise item
+    finally:
+        stop.set()
+        while thread.is_alive():
+            with suppress(queue.Empty):
+                buffer.get_nowait()  # it may be waiting for room
+            thread.join(timeout=0.01)

@@ -9,7 +9,9 @@ import gzip
 import hashlib
 import html
 import importlib.metadata
+import importlib.resources
 import importlib.util
+import itertools
 import json
 import os
 import random
@@ -37,13 +39,10 @@ _TOKENIZER_TEXTS = 2_000  # one document in five: more changes the pieces little
 
 
 def prepare_sample() -> tuple[Path, Path]:
-    """The sample's data_dir and tokenizer, built if this is the first time.
+    """Returns the sample's data_dir and tokenizer, built if this is the first time.
 
     The cache is ``$GALORE_JAX_CACHE``, or ``~/.cache/galore_jax``. A build that is killed leaves
     nothing that counts as built; of two at once, one is kept.
-
-    Returns:
-      The folder that holds ``c4/en/3.1.0``, and the SentencePiece model's path.
 
     Raises:
       UserError: botocore is not installed, or the cache cannot be written.
@@ -74,7 +73,7 @@ def _build(folder: Path) -> int:
     folder.parent.mkdir(parents=True, exist_ok=True)
     partial = Path(tempfile.mkdtemp(prefix=folder.name + ".partial-", dir=folder.parent))
     try:
-        documents = _documents(_botocore_data())
+        documents = _documents(Path(str(importlib.resources.files("botocore"))) / "data")
         _write_tfds(partial / "c4" / "en" / VERSION, documents)
         every = max(1, len(documents["train"]) // _TOKENIZER_TEXTS)
         texts = iter(documents["train"][::every])
@@ -89,46 +88,32 @@ def _build(folder: Path) -> int:
     return sum(len(texts) for texts in documents.values())
 
 
-def _botocore_data() -> Path:
-    spec = importlib.util.find_spec("botocore")
-    assert spec is not None
-    assert spec.origin is not None
-    return Path(spec.origin).parent / "data"
-
-
 def _documents(root: Path) -> dict[str, list[str]]:
-    """Documents of each split, in a random order that is always the same.
+    """Returns the documents of each split, in a random order that is always the same.
 
-    A paragraph occurs once, a service is in one split, and what a held-out service shares with the
-    others, word for word, is left out.
+    A paragraph occurs once, a service is in one split, and the near-duplicates of training
+    paragraphs are not held out.
     """
     seen: set[str] = set()
     services: dict[str, list[list[str]]] = {"train": [], "validation": []}
     for service in sorted(path for path in root.iterdir() if path.is_dir()):
-        paragraphs = []
-        for paragraph in _paragraphs(service):
-            if paragraph not in seen:
-                seen.add(paragraph)
-                paragraphs.append(paragraph)
+        paragraphs = [text for text in dict.fromkeys(_paragraphs(service)) if text not in seen]
+        seen.update(paragraphs)
         services["validation" if _is_held_out(service.name) else "train"].append(paragraphs)
     services["validation"] = _without_near_duplicates(services["validation"], services["train"])
     documents = {}
-    for split, of_split in services.items():
-        documents[split] = [text for paragraphs in of_split for text in _packed(paragraphs)]
+    for split, lists in services.items():
+        documents[split] = [text for paragraphs in lists for text in _packed(paragraphs)]
         random.Random(0).shuffle(documents[split])
     return documents
 
 
 def _without_near_duplicates(held_out: list[list[str]], train: list[list[str]]) -> list[list[str]]:
     """Drops each held-out paragraph with more than half of its 8-word sequences in ``train``."""
-    ours = {gram for service in held_out for paragraph in service for gram in _grams(paragraph)}
-    shared = {
-        gram
-        for service in train
-        for paragraph in service
-        for gram in _grams(paragraph)
-        if gram in ours
-    }
+    grams = {gram for service in held_out for paragraph in service for gram in _grams(paragraph)}
+    shared: set[tuple[str, ...]] = set()
+    for paragraph in itertools.chain(*train):
+        shared.update(grams.intersection(_grams(paragraph)))
 
     def is_new(paragraph: str) -> bool:
         grams = _grams(paragraph)
@@ -143,7 +128,7 @@ def _grams(paragraph: str, words: int = 8) -> list[tuple[str, ...]]:
 
 
 def _is_held_out(service: str) -> bool:
-    """About one service in twenty, by a hash of the part of its name that its relatives share."""
+    """Holds out one service in twenty, by a hash of the part of its name that relatives share."""
     family = service.partition("-")[0]
     return hashlib.sha256(family.encode()).digest()[0] < 256 / 20
 
@@ -152,15 +137,14 @@ def _paragraphs(service: Path) -> Iterator[str]:
     versions = sorted(path.name for path in service.iterdir() if path.is_dir())
     for version in versions[-1:]:
         for path in sorted((service / version).glob("service-2.json*")):
-            opened = gzip.open if path.suffix == ".gz" else open
-            with opened(path, "rt", encoding="utf-8") as file:
-                model = json.load(file)
+            content = path.read_bytes()
+            model = json.loads(gzip.decompress(content) if path.suffix == ".gz" else content)
             for documentation in _documentation(model):
                 yield from _plain_paragraphs(documentation)
 
 
 def _documentation(node: Any) -> Iterator[str]:
-    """Every ``documentation`` string of a service's model, in the file's order."""
+    """Yields every ``documentation`` string of a service's model, in the file's order."""
     children = node.items() if isinstance(node, dict) else enumerate(node)
     for key, value in children:
         if key == "documentation" and isinstance(value, str):
@@ -170,7 +154,7 @@ def _documentation(node: Any) -> Iterator[str]:
 
 
 def _plain_paragraphs(documentation: str) -> Iterator[str]:
-    """The prose of a documentation string: tags off, entities resolved, white space folded.
+    """Yields the prose of a documentation string, without tags, entities and line breaks.
 
     >>> list(_plain_paragraphs("<p>Lists the <b>objects</b> &amp; versions that a bucket holds.</p>"
     ...     "<p>Short.</p>"))
@@ -185,15 +169,15 @@ def _plain_paragraphs(documentation: str) -> Iterator[str]:
 
 
 def _packed(paragraphs: list[str]) -> Iterator[str]:
-    """Consecutive paragraphs, a line each, joined to about ``_DOCUMENT_CHARACTERS``."""
-    held: list[str] = []
+    """Joins consecutive paragraphs, a line each, to about ``_DOCUMENT_CHARACTERS``."""
+    document: list[str] = []
     for paragraph in paragraphs:
-        held.append(paragraph)
-        if sum(map(len, held)) >= _DOCUMENT_CHARACTERS:
-            yield "\n".join(held)
-            held = []
-    if held:
-        yield "\n".join(held)
+        document.append(paragraph)
+        if sum(map(len, document)) >= _DOCUMENT_CHARACTERS:
+            yield "\n".join(document)
+            document = []
+    if document:
+        yield "\n".join(document)
 
 
 def _write_tfds(folder: Path, documents: dict[str, list[str]]) -> None:
@@ -204,16 +188,10 @@ def _write_tfds(folder: Path, documents: dict[str, list[str]]) -> None:
 
     folder.mkdir(parents=True)
     features = tfds.features.FeaturesDict({key: tfds.features.Text() for key in _KEYS})
-    identity = dataset_info.DatasetIdentity(
-        name="c4",
-        version=tfds.core.Version(VERSION),
-        data_dir=str(folder),
-        module_name="tensorflow_datasets.text.c4",
-        config_name="en",
-    )
-    info = tfds.core.DatasetInfo(
-        builder=identity, features=features, description="Documentation strings of botocore."
-    )
+    module, version = "tensorflow_datasets.text.c4", tfds.core.Version(VERSION)
+    identity = dataset_info.DatasetIdentity("c4", version, str(folder), module, config_name="en")
+    description = "Documentation strings of botocore."
+    info = tfds.core.DatasetInfo(builder=identity, features=features, description=description)
     info.set_file_format("array_record")
     splits = []
     for split, texts in documents.items():
@@ -232,13 +210,6 @@ def _write_tfds(folder: Path, documents: dict[str, list[str]]) -> None:
             writer.write(record)
             written += len(record)
         writer.close()
-        splits.append(
-            tfds.core.SplitInfo(
-                name=split,
-                shard_lengths=[len(texts)],
-                num_bytes=written,
-                filename_template=template,
-            )
-        )
+        splits.append(tfds.core.SplitInfo(split, [len(texts)], written, template))
     info.set_splits(splits_lib.SplitDict(splits))
     info.write_to_directory(folder)

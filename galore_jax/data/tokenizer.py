@@ -11,7 +11,7 @@ from galore_jax.errors import UserError
 
 
 class Tokenizer:
-    """A SentencePiece model, as language-model training needs it.
+    """A SentencePiece model for language-model training.
 
     Attributes:
       vocab_size: number of ids; ids are 0 to vocab_size - 1.
@@ -38,11 +38,11 @@ class Tokenizer:
         self.pad_id: int = max(self._processor.pad_id(), 0)
 
     def encode(self, text: str) -> np.ndarray:
-        """The document's ids and the end token, (length,) int32."""
+        """Returns the document's ids and the end token, (length,) int32."""
         return np.asarray([*self._processor.encode(text), self.eos_id], np.int32)
 
     def decode(self, ids: np.ndarray) -> str:
-        """The text of ids, without special tokens."""
+        """Returns the text of ids, without special tokens."""
         return self._processor.decode([int(i) for i in ids])
 
 
@@ -60,12 +60,9 @@ def check_vocabulary(tokenizer: Tokenizer, vocab_size: int) -> None:
 
 
 def train_tokenizer(texts: Iterator[str], path: Path, *, vocab_size: int) -> None:
-    """Trains a byte-pair model, the same one for the same texts: pad 0, end 1, unknown 2.
+    """Trains a byte-pair model of ``vocab_size`` ids, always the same for the same documents.
 
-    Args:
-      texts: the documents.
-      path: where the model goes.
-      vocab_size: its number of ids.
+    The padding has id 0, the end token 1, unknown pieces 2.
     """
     with path.open("wb") as file:
         sentencepiece.SentencePieceTrainer.train(

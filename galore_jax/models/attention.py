@@ -1,5 +1,7 @@
 """Causal attention with rotary positions, as functions of arrays."""
 
+import functools
+
 import jax
 import jax.numpy as jnp
 
@@ -48,12 +50,21 @@ def causal_attention(
     Returns:
       ``(B, S, N, H)``, in the dtype of ``query``.
     """
+    from_jax = functools.partial(
+        jax.nn.dot_product_attention, is_causal=True, implementation=implementation
+    )
+    if query.dtype == jnp.float16 and implementation != "cudnn":
+        # JAX asks for products of float16 with float32 sums, which a CPU does not have.
+        return jax.lax.platform_dependent(query, key, value, cpu=_plain_attention, default=from_jax)
     if implementation is not None or query.dtype != jnp.float32:
-        return jax.nn.dot_product_attention(
-            query, key, value, is_causal=True, implementation=implementation
-        )
+        return from_jax(query, key, value)
+    return _plain_attention(query, key, value)
+
+
+def _plain_attention(query: jax.Array, key: jax.Array, value: jax.Array) -> jax.Array:
     batch, length, heads, size = query.shape
-    groups = key.shape[2]
+    groups, dtype = key.shape[2], query.dtype
+    query, key, value = (x.astype(jnp.float32) for x in (query, key, value))
     # (B, K, N/K * S, H): the query heads of a group are more rows against the same keys.
     query = query.swapaxes(1, 2).reshape(batch, groups, -1, size) * size**-0.5
     key, value = key.swapaxes(1, 2), value.swapaxes(1, 2)
@@ -61,4 +72,4 @@ def causal_attention(
     causal = jnp.tril(jnp.ones((length, length), bool))
     weights = jax.nn.softmax(jnp.where(causal, scores, -jnp.inf), axis=-1)
     read = weights.reshape(batch, groups, -1, length) @ value
-    return read.reshape(batch, heads, length, size).swapaxes(1, 2)
+    return read.reshape(batch, heads, length, size).swapaxes(1, 2).astype(dtype)

@@ -1,19 +1,33 @@
 """LLaMA: a decoder-only transformer with its blocks stacked along a leading layer axis."""
 
+import functools
 import math
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 from flax import nnx
 
+from galore_jax.kernels import linear
 from galore_jax.models.attention import causal_attention, rotary
 from galore_jax.models.config import LlamaConfig
 from galore_jax.models.embedding import embed
 from galore_jax.models.losses import cross_entropy
-from galore_jax.projected_grad import linear
+from galore_jax.models.stages import Stage, Stages
 
 Params = dict[str, Any]  # Nested dicts of arrays.
+
+
+class Predictions(NamedTuple):
+    """Logits as two factors, whose product :func:`~galore_jax.models.losses.cross_entropy` cuts.
+
+    Attributes:
+      hidden: the normalised output of the last block, (B, S, D).
+      head: the head's kernel, (D, V).
+    """
+
+    hidden: jax.Array
+    head: Any
 
 
 def _normal(config: LlamaConfig, rngs: nnx.Rngs, shape: tuple[int, ...]) -> nnx.Param:
@@ -136,9 +150,6 @@ class Llama(nnx.Module):
     ``post_attention_norm/scale``, ``mlp/{gate,up,down}_proj/kernel``; ``final_norm/scale``;
     and ``lm_head/kernel`` (D, V) unless ``tie_embeddings``.
 
-    The methods split where a trainer may want to: :meth:`embed`, a block (from
-    :func:`block_graphdef`), :meth:`final_norm`, :meth:`nll`; :meth:`loss` is their composition.
-
     Example:
       >>> config = LlamaConfig(
       ...     hidden_size=16, intermediate_size=24, num_layers=2, num_heads=2, vocab_size=32
@@ -197,11 +208,6 @@ class Llama(nnx.Module):
         """Logits ``(B, S, V)``, float32, of the token after each of ``tokens`` (B, S)."""
         return linear(self.hidden_states(tokens), self.head, out_dtype=jnp.float32)
 
-    def nll(self, hidden: jax.Array, targets: jax.Array) -> tuple[jax.Array, jax.Array]:
-        """The head's part of :meth:`loss`: ``hidden`` is the (B, S, D) of :meth:`hidden_states`."""
-        chunk_tokens = self.config.loss_chunk_tokens
-        return cross_entropy(linear, hidden, self.head, targets, chunk_tokens=chunk_tokens)
-
     def loss(self, tokens: jax.Array, targets: jax.Array) -> tuple[jax.Array, jax.Array]:
         """Summed negative log-likelihood of ``targets``; see :func:`cross_entropy`.
 
@@ -213,7 +219,8 @@ class Llama(nnx.Module):
         Returns:
           The sum over the targets not ignored, float32, in nats; and their number, int32.
         """
-        return self.nll(self.hidden_states(tokens), targets)
+        hidden, chunk_tokens = self.hidden_states(tokens), self.config.loss_chunk_tokens
+        return cross_entropy(hidden, self.head, targets, chunk_tokens=chunk_tokens)
 
 
 def init_params(config: LlamaConfig, key: jax.Array) -> tuple[nnx.GraphDef, Params]:
@@ -256,25 +263,59 @@ def apply(graphdef: nnx.GraphDef, params: Params) -> Llama:
     return nnx.merge(graphdef, params)
 
 
-def block_graphdef(config: LlamaConfig) -> nnx.GraphDef:
-    """The graph definition of one block, for running a block alone.
+def stages(config: LlamaConfig) -> Stages:
+    """Cuts the model into embedding, blocks and head; with ``remat`` each block into its halves.
 
     Example:
       >>> config = LlamaConfig(
       ...     hidden_size=16, intermediate_size=24, num_layers=2, num_heads=2, vocab_size=32
       ... )
       >>> _, params = init_params(config, jax.random.key(0))
-      >>> layer = jax.tree.map(lambda leaf: leaf[0], params["blocks"])
-      >>> block = nnx.merge(block_graphdef(config), layer)
-      >>> block(jnp.ones((1, 8, 16)), jnp.arange(8)).shape
-      (1, 8, 16)
+      >>> model, batch = stages(config), {"tokens": jnp.zeros((1, 8), jnp.int32)}
+      >>> x = model.before.run(params, batch)
+      >>> for index in range(config.num_layers):
+      ...     layer = jax.tree.map(lambda leaf: leaf[index], params["blocks"])
+      ...     for stage in model.block:
+      ...         x = stage.run(layer, x)
+      >>> whole = model.forward(params, batch)
+      >>> jnp.allclose(model.after.run(params, x).hidden, whole.hidden, atol=1e-6).item()
+      True
     """
+    graphdef, _ = jax.eval_shape(functools.partial(init_params, config), jax.random.key(0))
+    block, _ = jax.eval_shape(lambda: nnx.split(Block(config, rngs=nnx.Rngs(0))))
 
-    def init(key):
-        return nnx.split(Block(config, rngs=nnx.Rngs(key)))
+    def forward(params: Params, batch: Any) -> Predictions:
+        model = apply(graphdef, params)
+        return Predictions(model.hidden_states(batch["tokens"]), model.head)
 
-    graphdef, _ = jax.eval_shape(init, jax.random.key(0))
-    return graphdef
+    def embed_tokens(params: Params, batch: Any) -> jax.Array:
+        return apply(graphdef, params).embed(batch["tokens"])
+
+    def attend(layer: Params, x: jax.Array) -> jax.Array:
+        positions = jnp.arange(x.shape[1], dtype=jnp.int32)
+        return nnx.merge(block, layer).attend(x, positions)
+
+    def feed_forward(layer: Params, x: jax.Array) -> jax.Array:
+        return nnx.merge(block, layer).feed_forward(x)
+
+    def predict(params: Params, x: jax.Array) -> Predictions:
+        model = apply(graphdef, params)
+        return Predictions(model.final_norm(x), model.head)
+
+    halves = (
+        Stage(("attn", "input_norm"), attend),
+        Stage(("mlp", "post_attention_norm"), feed_forward),
+    )
+    whole = Stage(
+        tuple(sorted(halves[0].keys + halves[1].keys)),
+        lambda layer, x: feed_forward(layer, attend(layer, x)),
+    )
+    return Stages(
+        forward=forward,
+        before=Stage(("embed",), embed_tokens),
+        block=halves if config.remat else (whole,),
+        after=Stage(("final_norm", "embed" if config.tie_embeddings else "lm_head"), predict),
+    )
 
 
 def count_params(params: Params) -> int:

@@ -1,18 +1,17 @@
 """Cross-entropy of a language model's head, without the logits of the whole batch."""
 
-import functools
-from collections.abc import Callable
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 
+from galore_jax.kernels import detached, linear
+
 Head = Any  # The head's kernel, (D, V): an array, or a pytree node that stands in for one.
-Linear = Callable[..., jax.Array]
 
 
 def cross_entropy(
-    linear: Linear, hidden: jax.Array, head: Head, targets: jax.Array, *, chunk_tokens: int
+    hidden: jax.Array, head: Head, targets: jax.Array, *, chunk_tokens: int
 ) -> tuple[jax.Array, jax.Array]:
     r"""Sum of the negative log-likelihood of ``targets``, a chunk of tokens at a time.
 
@@ -30,7 +29,6 @@ def cross_entropy(
     sums, from all at once, inside one matrix product.
 
     Args:
-      linear: ``linear(x, kernel, out_dtype=None)``, as :func:`galore_jax.models.llama.linear`.
       hidden: ``(..., D)``, floating: the positions' last hidden states.
       head: the kernel ``(D, V)``; every array in it must be floating.
       targets: ``(...)``, int32: the token each position must predict; negative to ignore.
@@ -42,9 +40,8 @@ def cross_entropy(
 
     Example:
       >>> import jax.numpy as jnp
-      >>> from galore_jax.models.llama import linear
       >>> hidden, head = jnp.zeros((3, 4)), jnp.ones((4, 10))  # All ten tokens equally likely.
-      >>> nll, count = cross_entropy(linear, hidden, head, jnp.array([7, 2, -1]), chunk_tokens=2)
+      >>> nll, count = cross_entropy(hidden, head, jnp.array([7, 2, -1]), chunk_tokens=2)
       >>> print(f"{nll / count:.4f} = log(10), over {count} tokens")
       2.3026 = log(10), over 2 tokens
     """
@@ -55,9 +52,8 @@ def cross_entropy(
     hidden = jnp.pad(hidden.reshape(tokens, -1), ((0, padding), (0, 0)))
     labels = jnp.pad(targets.reshape(tokens), (0, padding), constant_values=-1)
     nll: Any = _chunked_nll(
-        linear,
         hidden.reshape(num_chunks, chunk_tokens, -1),
-        head,
+        detached(head),
         labels.reshape(num_chunks, chunk_tokens),
     )
     return nll, jnp.sum(targets >= 0, dtype=jnp.int32)
@@ -72,8 +68,8 @@ def _nll(logits: jax.Array, labels: jax.Array) -> tuple[jax.Array, jax.Array, ja
     return jnp.sum(jnp.where(labels >= 0, log_z - target_logit, 0.0)), log_z, hit
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
-def _chunked_nll(linear: Linear, hidden: jax.Array, head: Head, labels: jax.Array) -> jax.Array:
+@jax.custom_vjp
+def _chunked_nll(hidden: jax.Array, head: Head, labels: jax.Array) -> jax.Array:
     """The loss of ``hidden`` (n, C, D) against ``labels`` (n, C), summed."""
 
     def add_chunk(total, chunk):
@@ -84,7 +80,7 @@ def _chunked_nll(linear: Linear, hidden: jax.Array, head: Head, labels: jax.Arra
     return jax.lax.scan(add_chunk, jnp.float32(0.0), (hidden, labels))[0]
 
 
-def _chunked_nll_fwd(linear, hidden, head, labels):
+def _chunked_nll_fwd(hidden, head, labels):
     at_once = _is_smaller_than_sums(hidden, head)
 
     def add_chunk(carry, chunk):
@@ -126,8 +122,7 @@ def _is_smaller_than_sums(hidden: jax.Array, head: Head) -> bool:
     return chunks * chunk_tokens * hidden.dtype.itemsize < features * 4
 
 
-def _chunked_nll_bwd(linear, gradients, cotangent):
-    del linear
+def _chunked_nll_bwd(gradients, cotangent):
     hidden_grad, head_grad = jax.tree.map(lambda g: (cotangent * g).astype(g.dtype), gradients)
     return hidden_grad, head_grad, None
 

@@ -1,7 +1,6 @@
 """The training run: from a config and a folder to a trained model, resumable at any moment."""
 
 import contextlib
-import functools
 import math
 import time
 from pathlib import Path
@@ -10,25 +9,25 @@ from typing import Any, NoReturn
 import jax
 import numpy as np
 
-from galore_jax.data.batches import TextData
 from galore_jax.errors import UserError
 from galore_jax.memory import compiled_plan, memory_table
-from galore_jax.training import fit, modes, settings, steps
+from galore_jax.memory.fit import check_fit, compile_steps
 from galore_jax.training.checkpoints import Checkpoints, Restored
+from galore_jax.training.config import Config
+from galore_jax.training.experiment import Experiment, make_experiment, step_name, summary
 from galore_jax.training.metrics import MetricsLog, write_run_record
-from galore_jax.training.optimizers import make_optimizer
-from galore_jax.training.plans import abstract_batch
 from galore_jax.training.progress import Progress, format_count, format_duration
 from galore_jax.training.signals import StopRequest
-from galore_jax.training.steps import TrainState
-from galore_jax.training.workdir import claim, config_json
+from galore_jax.training.step import NORMS, TrainState, all_finite, make_eval_step
+from galore_jax.training.tasks import perplexity
+from galore_jax.training.workdir import check_writable, claim, config_json
 
 
-def train(config: settings.Config, workdir: Path) -> None:
+def train(config: Config, workdir: Path) -> None:
     """Trains as ``config`` says, in ``workdir``; resumes what is there.
 
     Writes ``config.json``, ``versions.json``, ``metrics.jsonl`` and ``checkpoints/`` to the
-    workdir. SIGTERM and SIGINT end the run after the update under way, with a checkpoint.
+    workdir. SIGTERM, SIGINT and SIGHUP end the run after the update under way, with a checkpoint.
 
     Args:
       config: every key of ``configs/base.py``.
@@ -37,22 +36,15 @@ def train(config: settings.Config, workdir: Path) -> None:
     Raises:
       UserError: anything the user can put right; what the workdir held before is untouched.
     """
-    settings.check_config(config)
+    experiment = make_experiment(config)
     with StopRequest() as stop:
-        data = settings.open_data(config)
-        tx = make_optimizer(config)
-        init = functools.partial(steps.init_state, settings.model_config(config), tx)
-        try:
-            abstract_state = jax.eval_shape(init, jax.random.key(config.seed))
-        except (TypeError, ValueError) as error:
-            raise UserError(f"the optimizer does not fit the model: {error}") from error
-
-        print(settings.summary(config, abstract_state.params), flush=True)
+        data = experiment.task.open_data()
+        print(summary(experiment), flush=True)
         with (
             claim(workdir, config),
             Checkpoints(workdir / "checkpoints", keep=config.keep_checkpoints, warn=print) as saved,
         ):
-            restored = saved.restore(abstract_state)
+            restored = saved.restore(experiment.abstract_state())
             if restored is not None and restored.data["source"] != data.source:
                 raise UserError(
                     f"--workdir={workdir} was trained on {restored.data['source']} and the data "
@@ -65,11 +57,12 @@ def train(config: settings.Config, workdir: Path) -> None:
                     "another --workdir"
                 )
                 return
-            run = _Run(config, data, saved, stop)
+            check_writable(workdir)
+            run = _Run(experiment, data, saved, stop)
             with contextlib.closing(run.batches):
-                run.compile(tx, abstract_state)
+                run.compile()
                 if restored is None:
-                    state = jax.jit(init)(jax.random.key(config.seed))
+                    state = jax.jit(experiment.init)(jax.random.key(config.seed))
                 else:
                     state = run.resume(restored)
                 if not stop.requested:
@@ -89,10 +82,9 @@ def train(config: settings.Config, workdir: Path) -> None:
 class _Run:
     """A run under way: its compiled steps and how far it has come."""
 
-    def __init__(
-        self, config: settings.Config, data: TextData, saved: Checkpoints, stop: StopRequest
-    ):
-        self.config, self.data, self.saved, self.stop = config, data, saved, stop
+    def __init__(self, experiment: Experiment, data: Any, saved: Checkpoints, stop: StopRequest):
+        self.experiment, self.config = experiment, (config := experiment.config)
+        self.data, self.saved, self.stop = data, saved, stop
         self.batches = data.train_batches(batch_size=config.batch_size, seed=config.seed)
         self.step = 0
         self.tokens = 0
@@ -101,33 +93,32 @@ class _Run:
         self.eval_loss = math.nan
         self.owes_evaluation = True  # of step 0
 
-    def compile(self, tx: Any, abstract_state: TrainState) -> None:
+    def compile(self) -> None:
         """Compiles both steps, and prints what memory they will take."""
-        config, begun = self.config, time.monotonic()
+        experiment, config, begun = self.experiment, self.config, time.monotonic()
+        state = experiment.abstract_state()
         print("compiling", flush=True)
 
         lowered = {
             refresh: jax.jit(step, donate_argnums=0).lower(
-                abstract_state, abstract_batch(config, config.batch_size)
+                state, experiment.abstract_batch(config.batch_size)
             )
-            for refresh, step in modes.train_steps(config, tx).items()
+            for refresh, step in experiment.train_steps().items()
         }
-        self.train_steps = fit.compiled(config, lowered)
+        self.train_steps = compile_steps(config, lowered)
         self.eval_step = (
-            jax.jit(steps.make_eval_step(settings.model_config(config)))
-            .lower(abstract_state.params, abstract_batch(config, config.micro_batch_size))
+            jax.jit(make_eval_step(experiment.stages, experiment.task))
+            .lower(state.params, experiment.abstract_batch(config.micro_batch_size))
             .compile()
         )
-        self.all_finite = jax.jit(steps.all_finite)
+        self.all_finite = jax.jit(all_finite)
         device = jax.local_devices()[0].device_kind
-        params, opt_state = abstract_state.params, abstract_state.opt_state
-        gradients = modes.gradient_bytes(config, abstract_state)
         plans = {
-            modes.step_name(refresh): compiled_plan(step, device)
+            step_name(refresh): compiled_plan(step, device)
             for refresh, step in self.train_steps.items()
         }
-        print(memory_table(params, opt_state, gradients, plans))
-        self.planned_memory = fit.check(config, plans)
+        print(memory_table(state.params, state.opt_state, experiment.gradient_bytes(), plans))
+        self.planned_memory = check_fit(config, plans)
         print(f"compiled in {time.monotonic() - begun:.1f} s", flush=True)
 
     def resume(self, restored: Restored) -> TrainState:
@@ -153,7 +144,7 @@ class _Run:
         speed = _Speed()
         waiting = None
         for step in range(self.step + 1, config.train_steps + 1):
-            train_step = self.train_steps[modes.refreshes(config, step - 1)]
+            train_step = self.train_steps[self.experiment.refreshes(step - 1)]
             state, numbers = train_step(state, next(self.batches))
             # The metrics of the step before: the device already has this one to work on.
             if waiting is not None:
@@ -184,7 +175,7 @@ class _Run:
         self.step, self.loss = step, float(numbers["loss"])
         self.tokens += tokens
         speed.add(tokens)
-        norms = {key: numbers[key] for key in steps.NORMS if key in numbers}
+        norms = {key: numbers[key] for key in NORMS if key in numbers}
         if not np.isfinite([numbers["loss"], *norms.values()]).all():
             named = "".join(f" and {key} {value}" for key, value in norms.items())
             self._diverged(f"loss {self.loss}{named}")
@@ -223,8 +214,7 @@ class _Run:
         for batch in self.data.eval_batches(batch_size=self.config.micro_batch_size):
             if self.stop.requested and self.step < self.config.train_steps:
                 return
-            nll, _ = self.eval_step(state.params, batch)
-            total.append(nll)
+            total.append(self.eval_step(state.params, batch))
             counted += int(np.sum(batch["targets"] >= 0))
             if counted >= self.config.eval_tokens:
                 break
@@ -233,17 +223,11 @@ class _Run:
         self.eval_loss = math.fsum(jax.device_get(total)) / counted
         if not math.isfinite(self.eval_loss):
             self._diverged(f"eval loss {self.eval_loss}")
-        metrics.write(
-            {
-                "step": self.step,
-                "eval_loss": self.eval_loss,
-                "eval_perplexity": _perplexity(self.eval_loss),
-                "eval_tokens": counted,
-            }
-        )
+        evaluation = self.experiment.task.evaluation(self.eval_loss, counted)
+        metrics.write({"step": self.step, **evaluation})
         progress.message(
             f"step {self.step}: eval loss {self.eval_loss:.4f}, "
-            f"perplexity {_perplexity(self.eval_loss):.2f} "
+            f"perplexity {perplexity(self.eval_loss):.2f} "
             f"over {format_count(counted)} held-out tokens"
         )
         self.owes_evaluation = False
@@ -283,7 +267,7 @@ class _Run:
             )
         return (
             f"done: train loss {self.loss:.4f}, eval loss {self.eval_loss:.4f}, "
-            f"perplexity {_perplexity(self.eval_loss):.2f}, {format_count(self.tokens)} tokens in "
+            f"perplexity {perplexity(self.eval_loss):.2f}, {format_count(self.tokens)} tokens in "
             f"{format_duration(self.seconds)}, checkpoint in {self.saved.directory}"
         )
 
@@ -309,10 +293,3 @@ class _Speed:
 
 def _due(step: int, every: int) -> bool:
     return every > 0 and step % every == 0
-
-
-def _perplexity(loss: float) -> float:
-    try:
-        return math.exp(loss)
-    except OverflowError:
-        return math.inf

@@ -1,4 +1,4 @@
-"""The folder of a run: whose it is, and what differs if it is another run's."""
+"""A run's folder: one process at a time, and one config for all of them."""
 
 import fcntl
 import json
@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from galore_jax.errors import UserError
-from galore_jax.training.settings import Config, flat_items
+from galore_jax.training.config import Config, flat_items
 
 # Keys that leave every weight of a run as it is: they may change when it is resumed.
 _FREE = frozenset(
@@ -26,11 +26,11 @@ _FREE = frozenset(
 
 @contextmanager
 def claim(workdir: Path, config: Config) -> Iterator[None]:
-    """Holds the folder, made if it is missing, for one process.
+    """Locks the folder, made if it is missing, for this process.
 
     Raises:
-      UserError: it holds a run of another config (what differs is told), or is held by another
-        process; nothing in it is changed.
+      UserError: it holds a run of another config (the message says what differs), or another
+        process has locked it; nothing in it is changed.
     """
     try:
         workdir.mkdir(parents=True, exist_ok=True)
@@ -51,14 +51,29 @@ def claim(workdir: Path, config: Config) -> Iterator[None]:
 
 
 def config_json(config: Config) -> dict[str, Any]:
-    """The config as JSON values."""
+    """Returns the config as JSON values."""
     return json.loads(config.to_json_best_effort())
+
+
+def check_writable(workdir: Path) -> None:
+    """Checks before a run that its files can be written; to read a complete one, none need be.
+
+    Raises:
+      UserError: the folder or its checkpoints are read-only, or a folder has the name of a file.
+    """
+    for folder in (workdir, workdir / "checkpoints"):
+        if not os.access(folder, os.W_OK):
+            raise UserError(f"cannot write to {folder}: it is read-only; give another --workdir")
+    for name in ("config.json", "versions.json", "metrics.jsonl"):
+        if (workdir / name).is_dir():
+            raise UserError(f"{workdir / name} is a folder; remove it, or give another --workdir")
 
 
 def _check_same_run(workdir: Path, wanted: Mapping[str, Any]) -> None:
     record = workdir / "config.json"
-    if not record.exists():
-        if (workdir / "checkpoints").exists() or (workdir / "metrics.jsonl").exists():
+    if not record.exists():  # killed before its first step, if it is a run at all
+        checkpoints = [path for path in workdir.glob("checkpoints/*") if path.name.isdecimal()]
+        if checkpoints or (workdir / "metrics.jsonl").exists():
             raise UserError(
                 f"--workdir={workdir} holds a run without its config.json; give another folder"
             )
@@ -69,11 +84,11 @@ def _check_same_run(workdir: Path, wanted: Mapping[str, Any]) -> None:
         raise UserError(f"{record} cannot be read ({error}); give another --workdir") from error
     if not isinstance(found, dict):
         raise UserError(f"{record} is no config of a run; give another --workdir")
-    here, there = dict(flat_items(wanted)), dict(flat_items(found))
+    new, old = dict(flat_items(wanted)), dict(flat_items(found))
     differing = [
-        f"{key} is {there.get(key)!r} there and {here.get(key)!r} here"
-        for key in sorted(here.keys() | there.keys())
-        if here.get(key) != there.get(key) and key not in _FREE
+        f"{key} is {old.get(key)!r} there and {new.get(key)!r} here"
+        for key in sorted(new.keys() | old.keys())
+        if new.get(key) != old.get(key) and key not in _FREE
     ]
     if differing:
         more = f", and {len(differing) - 4} more" if len(differing) > 4 else ""

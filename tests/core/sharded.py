@@ -44,14 +44,14 @@ def spec(array, ndim):
     return [*of, *(None,) * (ndim - len(of))]
 
 
-def train(basis, names, mesh, *, jitted_init=False, bits=None):
+def train(method, names, mesh, *, jitted_init=False, bits=None):
     # eps keeps Adam from amplifying rounding where a coordinate of the gradient is close to zero.
     adam8bit = adamw8bit(0.1, eps=1e-2, weight_decay=0.0, block_size=8, min_8bit_size=0)
     tx = galore(
         optax.adam(0.1, eps=1e-2) if bits is None else adam8bit,
         rank=RANK,
         update_proj_gap=2,
-        basis=basis,
+        projector=method,
         projector_bits=bits,
         target_modules=("tall", "wide", "square", "stack"),
     )
@@ -81,14 +81,14 @@ def layout(state, updates):
     return found
 
 
-def compare(basis, names, mesh, jitted_init, bits=None):
-    alone, *_ = train(basis, names, None, bits=bits)
+def compare(method, names, mesh, jitted_init, bits=None):
+    alone, *_ = train(method, names, None, bits=bits)
     # jax.jit of a function that does not use its params, as an init, needs this on explicit meshes.
     explicit = AxisType.Explicit in mesh.axis_types
     try:
         with jax.set_mesh(mesh) if explicit else contextlib.nullcontext():
             seen, first, last, updates = train(
-                basis, names, mesh, jitted_init=jitted_init, bits=bits
+                method, names, mesh, jitted_init=jitted_init, bits=bits
             )
         gaps = jax.tree.map(lambda a, b: float(np.abs(a - b).max()), alone, seen)
         return {
@@ -111,8 +111,8 @@ def main():
         results[f"{name}/svd/jitted"] = compare("svd", FEW, mesh, True)
         results[f"{name}/svd/8 bits"] = compare("svd", FEW, mesh, False, 8)
         if kind == AxisType.Auto:
-            for basis in ("eigh", "subspace_iteration", "randomized", "random"):
-                results[f"{name}/{basis}/eager"] = compare(basis, FEW, mesh, False)
+            for method in ("eigh", "subspace_iteration", "randomized", "random"):
+                results[f"{name}/{method}/eager"] = compare(method, FEW, mesh, False)
     json.dump(results, sys.stdout)
 
 

@@ -127,7 +127,7 @@ def test_in_galore_state_is_low_rank_and_follows_float32(bits):
     options = {
         "rank": 16,
         "update_proj_gap": 3,
-        "transport": True,
+        "rotate_moments": True,
         "target_modules": ("wide", "stack"),
     }
     weights, state = run(
@@ -146,7 +146,7 @@ def test_in_galore_state_is_low_rank_and_follows_float32(bits):
 
 
 def test_transport_rotates_a_quantised_moment():
-    tx = galore(adamw8bit(0.1, min_8bit_size=0), rank=8, transport=True)
+    tx = galore(adamw8bit(0.1, min_8bit_size=0), rank=8, rotate_moments=True)
     gradient = {"w": jax.random.normal(jax.random.key(0), (32, 64))}
     _, state = tx.update(gradient, tx.init(gradient), gradient)
     other = {"w": jax.random.normal(jax.random.key(1), (32, 64))}
@@ -187,7 +187,7 @@ def test_bad_bits(arguments, message):
 def test_resumed_from_disk_it_is_the_same_bit_for_bit(bits, tmp_path):
     tx = galore_adamw8bit(
         0.01, rank=16, update_proj_gap=2, projector_bits=bits, min_8bit_size=0,
-        target_modules=("wide", "stack"), basis="subspace_iteration",
+        target_modules=("wide", "stack"), projector="subspace_iteration",
     )  # fmt: skip
     weights, state = run(tx, 3)
     ocp.save(tmp_path / "state", {"weights": weights, "state": state})

@@ -41,11 +41,11 @@ def tolerance(case):
     return 1e-3 if case["opt"] == "adafactor" else 5e-5
 
 
-@pytest.mark.parametrize("basis", ["svd", "eigh"])
+@pytest.mark.parametrize("method", ["svd", "eigh"])
 @pytest.mark.parametrize("name", CASES)
-def test_follows_galore_torch(name, basis):
+def test_follows_galore_torch(name, method):
     case, get = CASES[name], lambda key: GOLDEN[f"{name}/{key}"]
-    tx = alias(case, basis=basis)
+    tx = alias(case, projector=method)
     params = {"kernel": jnp.asarray(get("W0").T), "bias": jnp.asarray(get("b0"))}
     state, update = tx.init(params), jax.jit(tx.update)
     largest = {

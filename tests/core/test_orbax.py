@@ -27,7 +27,7 @@ def make(proj_type):
         rank=2,
         update_proj_gap=2,
         proj_type=proj_type,
-        basis="subspace_iteration",  # the one basis that starts from the stored one
+        projector="subspace_iteration",  # the one basis that starts from the stored one
         target_modules=("wide", "tall"),
         projector_dtype="float32",
     )

@@ -10,7 +10,7 @@ import pytest
 
 SCRIPT = pathlib.Path(__file__).parent / "sharded.py"
 ROOT = SCRIPT.parents[2]
-BASES = ("svd", "eigh", "subspace_iteration", "randomized", "random")
+PROJECTOR_METHODS = ("svd", "eigh", "subspace_iteration", "randomized", "random")
 
 
 @pytest.fixture(scope="module")
@@ -48,7 +48,9 @@ def unsharded(found, keys):
     ]
 
 
-@pytest.mark.parametrize("kind", [*(f"auto/{b}/eager" for b in BASES), "auto/svd/jitted"])
+@pytest.mark.parametrize(
+    "kind", [*(f"auto/{b}/eager" for b in PROJECTOR_METHODS), "auto/svd/jitted"]
+)
 def test_sharded_training_is_that_of_one_device(seen, kind):
     # Four updates with two refreshes. Sums over a sharded axis are taken in another order, which
     # moves a gradient's coordinates by some 1e-7 of them, and vectors by that over the gap between
@@ -58,7 +60,9 @@ def test_sharded_training_is_that_of_one_device(seen, kind):
     assert found["gap"] < 2e-5
 
 
-@pytest.mark.parametrize("kind", [*(f"auto/{b}/eager" for b in BASES), "auto/svd/jitted"])
+@pytest.mark.parametrize(
+    "kind", [*(f"auto/{b}/eager" for b in PROJECTOR_METHODS), "auto/svd/jitted"]
+)
 def test_updates_stay_where_the_params_are(seen, kind):
     # Updates that came out replicated would cost a whole model's memory on every device.
     found = outcome(seen, kind)["last"]

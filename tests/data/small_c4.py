@@ -1,6 +1,8 @@
 """Small C4s in each of the forms that are read."""
 
+import contextlib
 import gzip
+import itertools
 import json
 import random
 import struct
@@ -22,6 +24,12 @@ def make_texts(count: int, seed: int) -> list[str]:
 
 
 TEXTS = {"train": make_texts(70, 1), "validation": make_texts(23, 2)}
+
+
+def read_texts(source, split: str, *, seed=None, place=(), count=None):
+    """The next ``count`` texts, or all."""
+    with contextlib.closing(source.texts(split, seed=seed, place=place)) as texts:
+        return [text for text, _ in itertools.islice(texts, count)]
 
 
 def write_json(root: Path, texts: dict[str, list[str]] = TEXTS, shards: int = 3) -> Path:

@@ -5,16 +5,17 @@ import sys
 
 import numpy as np
 import pytest
-from small_c4 import TEXTS, make_texts, write_json
+from small_c4 import TEXTS, make_texts, read_texts, write_json
 
-from galore_jax.data import c4 as c4_module
-from galore_jax.data.batches import DataConfig, TextData, document_row
+from galore_jax.data import shards
+from galore_jax.data.batches import DataConfig, TextData
+from galore_jax.data.packing import document_row
 from galore_jax.errors import UserError
 
 
 @pytest.fixture(autouse=True)
 def small_windows(monkeypatch):
-    monkeypatch.setattr(c4_module, "_WINDOW", 10)
+    monkeypatch.setattr(shards, "_WINDOW", 10)
 
 
 def open_data(data_dir, tokenizer, *, packing, seq_len=16):
@@ -24,6 +25,11 @@ def open_data(data_dir, tokenizer, *, packing, seq_len=16):
 
 def take(batches, count):
     return [batch["tokens"].tolist() for batch in itertools.islice(batches, count)]
+
+
+def take_first(data, count, *, batch_size, seed):
+    with data.train_batches(batch_size=batch_size, seed=seed) as batches:
+        return take(batches, count)
 
 
 @pytest.mark.parametrize(
@@ -44,14 +50,15 @@ def test_padding_layout(length, tokens, targets):
 def test_every_form_gives_the_same_documents(c4, tokenizer_path):
     source = open_data(c4, tokenizer_path, packing=False)._source
     for split, texts in TEXTS.items():
-        assert list(source.texts(split, seed=None)) == texts
+        assert read_texts(source, split) == texts
 
 
 @pytest.mark.parametrize("packing", [False, True])
 def test_shapes_and_dtypes(c4, tokenizer_path, packing):
     data = open_data(c4, tokenizer_path, packing=packing)
-    batches = next(data.train_batches(batch_size=4, seed=0)), next(data.eval_batches(batch_size=4))
-    for batch in batches:
+    for batches in data.train_batches(batch_size=4, seed=0), data.eval_batches(batch_size=4):
+        with batches:
+            batch = next(batches)
         assert sorted(batch) == ["targets", "tokens"]
         for array in batch.values():
             assert array.shape == (4, 16)
@@ -60,18 +67,14 @@ def test_shapes_and_dtypes(c4, tokenizer_path, packing):
 
 def test_seed_decides_the_order(c4, tokenizer_path):
     data = open_data(c4, tokenizer_path, packing=False)
-    first, again, other = (
-        take(data.train_batches(batch_size=4, seed=seed), 20) for seed in (0, 0, 1)
-    )
+    first, again, other = (take_first(data, 20, batch_size=4, seed=seed) for seed in (0, 0, 1))
     assert first == again
     assert first != other
 
 
 def test_an_epoch_has_each_document_once_in_an_order_of_its_own(c4, tokenizer_path):
     data = open_data(c4, tokenizer_path, packing=False, seq_len=64)
-    rows = [
-        tuple(row) for batch in take(data.train_batches(batch_size=7, seed=3), 20) for row in batch
-    ]
+    rows = [tuple(row) for batch in take_first(data, 20, batch_size=7, seed=3) for row in batch]
     expected = sorted(
         tuple(document_row(data.tokenizer.encode(text), 64, eos_id=1, pad_id=0)["tokens"])
         for text in TEXTS["train"]
@@ -84,60 +87,61 @@ def test_an_epoch_has_each_document_once_in_an_order_of_its_own(c4, tokenizer_pa
 @pytest.mark.parametrize("packing", [False, True])
 def test_state_restores_at_every_position(c4, tokenizer_path, packing):
     data = open_data(c4, tokenizer_path, packing=packing)
-    batches = data.train_batches(batch_size=3, seed=5)
-    states, contents = [json.dumps(batches.get_state())], []
-    for _ in range(60):  # more than one epoch
-        contents += take(batches, 1)
-        states.append(json.dumps(batches.get_state()))
-    for position in range(0, 58, 1 if packing else 5):
-        restored = data.train_batches(batch_size=3, seed=5)
-        take(restored, position % 3)  # also on an iterator that has already read ahead
-        restored.set_state(json.loads(states[position]))
-        assert json.dumps(restored.get_state()) == states[position]
-        assert take(restored, 2) == contents[position : position + 2], position
+    with data.train_batches(batch_size=3, seed=5) as batches:
+        states, contents = [json.dumps(batches.get_state())], []
+        for _ in range(60):  # more than one epoch
+            contents += take(batches, 1)
+            states.append(json.dumps(batches.get_state()))
+    for position in range(58):
+        with data.train_batches(batch_size=3, seed=5) as restored:
+            take(restored, position % 3)  # also on an iterator that has already read ahead
+            restored.set_state(json.loads(states[position]))
+            assert json.dumps(restored.get_state()) == states[position]
+            assert take(restored, 2) == contents[position : position + 2], position
 
 
 def test_packed_state_restores_within_a_document_longer_than_a_batch(tokenizer_path, tmp_path):
     long = [" ".join(make_texts(40, seed)) for seed in range(4)]
     root = str(write_json(tmp_path, {"train": long, "validation": long}, shards=2))
     data = open_data(root, tokenizer_path, packing=True)
-    batches = data.train_batches(batch_size=2, seed=0)
-    for _ in range(40):
-        state = json.dumps(batches.get_state())
-        following = take(batches, 1)
-        restored = data.train_batches(batch_size=2, seed=0)
-        restored.set_state(json.loads(state))
-        assert take(restored, 1) == following
+    with data.train_batches(batch_size=2, seed=0) as batches:
+        for _ in range(40):
+            state = json.dumps(batches.get_state())
+            following = take(batches, 1)
+            with data.train_batches(batch_size=2, seed=0) as restored:
+                restored.set_state(json.loads(state))
+                assert take(restored, 1) == following
 
 
 _OTHER_PROCESS = """
 import json, sys
-from galore_jax.data import c4
+from galore_jax.data import shards
 from galore_jax.data.batches import DataConfig, TextData
-c4._WINDOW = 10
+shards._WINDOW = 10
 config, state = json.loads(sys.argv[1])
-batches = TextData(DataConfig(**config), vocab_size=320).train_batches(batch_size=3, seed=5)
-batches.set_state(state)
-print(json.dumps([next(batches)["tokens"].tolist() for _ in range(4)]))
+data = TextData(DataConfig(**config), vocab_size=320)
+with data.train_batches(batch_size=3, seed=5) as batches:
+    batches.set_state(state)
+    print(json.dumps([next(batches)["tokens"].tolist() for _ in range(4)]))
 """
 
 
 @pytest.mark.slow
 def test_state_restores_in_another_process(c4, tokenizer_path):
     config = DataConfig("c4", c4, tokenizer_path, seq_len=16, packing=True)
-    batches = TextData(config, vocab_size=320).train_batches(batch_size=3, seed=5)
-    take(batches, 7)
-    argument = json.dumps([vars(config), batches.get_state()])
-    output = subprocess.run(
-        [sys.executable, "-c", _OTHER_PROCESS, argument], check=True, capture_output=True, text=True
-    ).stdout
-    assert json.loads(output) == take(batches, 4)
+    with TextData(config, vocab_size=320).train_batches(batch_size=3, seed=5) as batches:
+        take(batches, 7)
+        argument = json.dumps([vars(config), batches.get_state()])
+        command = [sys.executable, "-c", _OTHER_PROCESS, argument]
+        output = subprocess.run(command, check=True, capture_output=True, text=True).stdout
+        assert json.loads(output) == take(batches, 4)
 
 
 def test_packed_eval_loses_and_repeats_nothing(c4, tokenizer_path):
     data = open_data(c4, tokenizer_path, packing=True)
     stream = np.concatenate([data.tokenizer.encode(text) for text in TEXTS["validation"]])
-    rows = list(data.eval_batches(batch_size=4))
+    with data.eval_batches(batch_size=4) as batches:
+        rows = list(batches)
     assert all(batch["tokens"].shape == (4, 16) for batch in rows)
     tokens = np.concatenate([batch["tokens"].ravel() for batch in rows])
     targets = np.concatenate([batch["targets"].ravel() for batch in rows])
@@ -149,11 +153,12 @@ def test_packed_eval_loses_and_repeats_nothing(c4, tokenizer_path):
 
 def test_padded_eval_has_each_document_once(c4, tokenizer_path):
     data = open_data(c4, tokenizer_path, packing=False)
-    rows = [
-        (row.tolist(), targets.tolist())
-        for batch in data.eval_batches(batch_size=4)
-        for row, targets in zip(batch["tokens"], batch["targets"], strict=True)
-    ]
+    with data.eval_batches(batch_size=4) as batches:
+        rows = [
+            (row.tolist(), targets.tolist())
+            for batch in batches
+            for row, targets in zip(batch["tokens"], batch["targets"], strict=True)
+        ]
     assert len(rows) == 24  # 23 documents, and one row of filling
     for text, (tokens, targets) in zip(TEXTS["validation"], rows, strict=False):
         expected = document_row(data.tokenizer.encode(text), 16, eos_id=1, pad_id=0)
@@ -165,7 +170,8 @@ def test_padded_eval_has_each_document_once(c4, tokenizer_path):
 def test_packed_training_is_one_stream(c4, tokenizer_path):
     """Across rows, batches and epochs, each target is the next row's first token."""
     data = open_data(c4, tokenizer_path, packing=True)
-    batches = list(itertools.islice(data.train_batches(batch_size=3, seed=0), 60))
+    with data.train_batches(batch_size=3, seed=0) as batches:
+        batches = list(itertools.islice(batches, 60))
     tokens = np.concatenate([batch["tokens"].ravel() for batch in batches])
     targets = np.concatenate([batch["targets"].ravel() for batch in batches])
     np.testing.assert_array_equal(tokens[1:], targets[:-1])

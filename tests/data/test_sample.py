@@ -6,6 +6,7 @@ import sys
 import time
 
 import pytest
+from small_c4 import read_texts
 
 from galore_jax.data import sample
 from galore_jax.data.batches import DataConfig, TextData
@@ -18,9 +19,7 @@ from galore_jax.errors import UserError
 def paragraphs(sample_paths):
     source = find_c4(str(sample_paths[0]))
     return {
-        split: [
-            paragraph for text in source.texts(split, seed=None) for paragraph in text.split("\n")
-        ]
+        split: [paragraph for text in read_texts(source, split) for paragraph in text.split("\n")]
         for split in ("train", "validation")
     }
 
@@ -51,7 +50,8 @@ def test_found_again_without_building(sample_paths, monkeypatch):
     monkeypatch.setenv("GALORE_JAX_CACHE", str(sample_paths[0].parent))
     monkeypatch.setattr(sample, "_build", None)
     data = TextData(DataConfig("sample", None, None, 128, packing=True), vocab_size=8192)
-    batch = next(data.train_batches(batch_size=8, seed=0))
+    with data.train_batches(batch_size=8, seed=0) as batches:
+        batch = next(batches)
     assert (batch["targets"] >= 0).all()
 
 
@@ -85,7 +85,7 @@ def test_killed_and_built_twice_at_once(tmp_path):
     both = [subprocess.Popen(command, env=environment) for _ in range(2)]
     assert [process.wait() for process in both] == [0, 0]
     (folder,) = (path for path in tmp_path.iterdir() if "partial" not in path.name)
-    assert len(list(find_c4(str(folder)).texts("validation", seed=None))) > 100
+    assert len(read_texts(find_c4(str(folder)), "validation")) > 100
     assert Tokenizer(folder / "tokenizer.model").vocab_size == sample.VOCAB_SIZE
 
 

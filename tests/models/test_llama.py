@@ -17,10 +17,10 @@ from galore_jax.models.llama import (
     Llama,
     RMSNorm,
     apply,
-    block_graphdef,
     count_params,
     init_params,
     linear,
+    stages,
 )
 from galore_jax.models.losses import cross_entropy
 from galore_jax.models.presets import PRESETS
@@ -160,10 +160,11 @@ def test_a_position_sees_itself_and_the_past_alone():
     model = apply(graphdef, params)
     rows = model.embed(tokens)
 
+    (block,) = stages(TINY).block
+    layer = jax.tree.map(lambda p: p[0], params["blocks"])
+
     def read(rows):
-        positions = jnp.arange(7)
-        block = nnx.merge(block_graphdef(TINY), jax.tree.map(lambda p: p[0], params["blocks"]))
-        return block(rows, positions).sum(axis=-1)[0]
+        return block.run(layer, rows).sum(axis=-1)[0]
 
     seen = np.abs(jax.jit(jax.jacobian(read))(rows)[:, 0]).sum(axis=-1)  # (reader, read)
     np.testing.assert_array_equal(seen > 0, np.tril(np.ones((7, 7), bool)))
@@ -253,17 +254,20 @@ def test_positions_may_differ_by_row():
     assert np.abs(stretched - default).max() > 1e-2
 
 
-def test_scanned_stack_equals_a_loop_over_blocks_run_alone():
+@pytest.mark.parametrize("remat", [False, True])  # a block, or its halves
+def test_scanned_stack_equals_a_loop_over_blocks_run_alone(remat):
     graphdef, params = make(TINY)
-    model = apply(graphdef, params)
+    model, cut = apply(graphdef, params), stages(dataclasses.replace(TINY, remat=remat))
     tokens, targets = random_batch(TINY.vocab_size)
-    x = model.embed(tokens)
+    x = cut.before.run(params, {"tokens": tokens})
     for i in range(TINY.num_layers):
         layer = jax.tree.map(lambda leaf, i=i: leaf[i], params["blocks"])
-        x = nnx.merge(block_graphdef(TINY), layer)(x, jnp.arange(tokens.shape[1]))
-    x = model.final_norm(x)
-    np.testing.assert_allclose(model.hidden_states(tokens), x, atol=1e-5)
-    np.testing.assert_allclose(model.nll(x, targets)[0], model.loss(tokens, targets)[0], rtol=1e-6)
+        for stage in cut.block:
+            x = stage.run(layer, x)
+    hidden, head = cut.after.run(params, x)
+    np.testing.assert_allclose(model.hidden_states(tokens), hidden, atol=1e-5)
+    nll, _ = cross_entropy(hidden, head, targets, chunk_tokens=TINY.loss_chunk_tokens)
+    np.testing.assert_allclose(nll, model.loss(tokens, targets)[0], rtol=1e-6)
 
 
 def test_layers_are_drawn_differently_and_with_the_right_spread():
@@ -306,22 +310,19 @@ def test_remat_changes_memory_not_values():
     assert recomputed < kept
 
 
-def test_a_pytree_node_in_a_kernels_place_reaches_linear(monkeypatch):
+def test_a_pytree_node_in_a_kernels_place_reaches_linear():
     @jax.tree_util.register_dataclass
     @dataclasses.dataclass
     class Sum:
         left: jax.Array
         right: jax.Array
 
-    def linear_of_sum(x, kernel, out_dtype=None):
-        if isinstance(kernel, Sum):
-            return linear(x, kernel.left, out_dtype) + linear(x, kernel.right, out_dtype)
-        return linear(x, kernel, out_dtype)
+        def matmul(self, x, out_dtype):
+            return linear(x, self.left, out_dtype) + linear(x, self.right, out_dtype)
 
     graphdef, params = make(TINY)
     tokens, targets = random_batch(TINY.vocab_size)
     want, want_grads = value_and_grad(lambda p: apply(graphdef, p).loss(tokens, targets)[0])(params)
-    monkeypatch.setattr("galore_jax.models.llama.linear", linear_of_sum)
     halves = jax.tree_util.tree_map_with_path(
         lambda path, leaf: Sum(leaf / 2, leaf / 2) if path[-1].key == "kernel" else leaf, params
     )
@@ -406,7 +407,7 @@ def test_chunked_loss_equals_the_dense_one(chunk_tokens):
     targets = targets.at[1, 3:6].set(-1)
 
     def chunked(hidden, head):
-        return cross_entropy(linear, hidden, head, targets, chunk_tokens=chunk_tokens)[0]
+        return cross_entropy(hidden, head, targets, chunk_tokens=chunk_tokens)[0]
 
     def dense(hidden, head):
         log_p = jax.nn.log_softmax(hidden @ head)
@@ -477,10 +478,12 @@ def test_head_gradient_is_accumulated_in_float32():
     hidden = jnp.ones((1, 2048, TINY.hidden_size), jnp.bfloat16)
     targets = jnp.zeros((1, 2048), jnp.int32)
 
+    def loss(params, n):
+        head = apply(graphdef, params).head
+        return cross_entropy(hidden[:, :n], head, targets[:, :n], chunk_tokens=1)[0]
+
     def grad(n):
-        return jax.grad(lambda p: apply(graphdef, p).nll(hidden[:, :n], targets[:, :n])[0])(params)[
-            "lm_head"
-        ]["kernel"].astype(jnp.float32)
+        return jax.grad(loss)(params, n)["lm_head"]["kernel"].astype(jnp.float32)
 
     assert relative_error(grad(2048), 2048 * grad(1)) < 0.01
 
@@ -494,7 +497,7 @@ def test_head_gradient_in_bfloat16_is_the_float32_one_rounded(tokens):
 
     def grads(dtype):
         def loss(hidden, head):
-            return cross_entropy(linear, hidden, head, targets, chunk_tokens=8)[0]
+            return cross_entropy(hidden, head, targets, chunk_tokens=8)[0]
 
         return jax.grad(loss, argnums=(0, 1))(hidden.astype(dtype), head.astype(dtype))
 

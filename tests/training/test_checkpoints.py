@@ -1,5 +1,6 @@
 """Checkpoints come back bit for bit, or say in one line why not."""
 
+import errno
 import json
 import logging
 import os
@@ -128,6 +129,8 @@ def files_of(directory, step):
 
 
 def flip(content):
+    if not content:
+        return content
     middle = len(content) // 2
     return content[:middle] + bytes([content[middle] ^ 0x10]) + content[middle + 1 :]
 
@@ -180,12 +183,10 @@ def test_lack_of_memory_is_not_taken_for_damage(tmp_path, monkeypatch):
     """A checkpoint passed over is removed later: a good one must not be."""
     save_steps(tmp_path, 1, 2)
 
-    def load_checkpointables(self, step, names):
+    def load_checkpointables(path, names):
         raise KeyError("wrapped") from MemoryError("Unable to allocate 13.5 GiB")
 
-    monkeypatch.setattr(
-        "orbax.checkpoint.v1.training.Checkpointer.load_checkpointables", load_checkpointables
-    )
+    monkeypatch.setattr("orbax.checkpoint.v1.load_checkpointables", load_checkpointables)
     with pytest.raises(MemoryError, match=r"13\.5 GiB"):
         restore(tmp_path)
 
@@ -362,11 +363,79 @@ def test_disk_full_to_any_degree_is_told_as_such(small_disk):
     assert failures > 3
 
 
+FILL = """
+import os, sys, numpy as np
+from galore_jax.errors import UserError
+from galore_jax.training.checkpoints import Checkpoints
+run, filler = sys.argv[1] + "/run", sys.argv[1] + "/filler"
+state = {f"w{i}": np.random.default_rng(i).normal(size=1500).astype(np.float32) for i in range(20)}
+with Checkpoints(run, keep=1) as checkpoints:
+    disk = os.statvfs(run)
+    for step in range(24):
+        with open(filler, "wb") as file:
+            file.write(bytes(disk.f_bavail * disk.f_frsize - step * 8192))
+        try:
+            checkpoints.save(step, state, {"at": step})
+            checkpoints.wait()
+        except UserError as error:
+            print(error)
+        os.unlink(filler)
+"""
+
+
+def test_a_full_disk_is_told_once_and_nothing_else_is_printed(small_disk):
+    """Orbax's threads print hundreds of lines when a write fails, wherever that is."""
+    done = subprocess.run(
+        [sys.executable, "-c", FILL, str(small_disk)], capture_output=True, text=True
+    )
+    assert done.stderr == ""
+    assert done.returncode == 0
+    assert len(done.stdout.splitlines()) > 10
+    assert all(line.startswith("no space left") for line in done.stdout.splitlines())
+
+
+LIMIT = """
+import resource, sys, numpy as np
+from galore_jax.errors import UserError
+from galore_jax.training.checkpoints import Checkpoints
+resource.setrlimit(resource.RLIMIT_FSIZE, (int(sys.argv[2]),) * 2)
+try:
+    with Checkpoints(sys.argv[1], keep=1) as checkpoints:
+        checkpoints.save(1, {"w": np.random.default_rng(0).normal(size=100_000)}, {"at": 1})
+except UserError as error:
+    print(error)
+"""
+
+
+@pytest.mark.parametrize("most", [10, 300, 100_000])
+def test_a_file_too_large_is_one_line_too(tmp_path, most):
+    """The limit is met in the JSON files, the metadata or the arrays; no file system is needed."""
+    done = subprocess.run(
+        [sys.executable, "-c", LIMIT, str(tmp_path), str(most)], capture_output=True, text=True
+    )
+    assert done.stderr == ""
+    assert done.stdout.startswith("cannot write the checkpoint of step 1 in ")
+    assert "File too large" in done.stdout
+    assert done.stdout.count("\n") == 1
+
+
+def test_prng_keys_come_back(tmp_path):
+    """``optax.noisy_sgd`` has one in its state, which Orbax refuses."""
+    state = {"key": jax.random.key(3), "keys": jax.random.split(jax.random.key(4), 5)}
+    with Checkpoints(tmp_path, keep=1) as checkpoints:
+        checkpoints.save(1, state, {})
+    restored = restore(tmp_path, state).state
+    for name, keys in state.items():
+        assert restored[name].dtype == keys.dtype
+        np.testing.assert_array_equal(*map(jax.random.key_data, (restored[name], keys)))
+
+
 def test_no_space_by_errno_and_through_wrapping():
     wrapped = RuntimeError("save failed")
     wrapped.__cause__ = OSError(28, "No space left on device")
-    assert checkpoints_lib._is_no_space(wrapped)
-    assert not checkpoints_lib._is_no_space(OSError(13, "Permission denied"))
+    assert checkpoints_lib._os_error(wrapped) == errno.ENOSPC
+    assert checkpoints_lib._os_error(OSError(13, "Permission denied")) == errno.EACCES
+    assert checkpoints_lib._os_error(ValueError("no error of the system")) is None
 
 
 def test_folder_that_is_a_file_is_a_user_error(tmp_path):

@@ -15,10 +15,11 @@ import jax.numpy as jnp
 import pytest
 from tiny import ROOT, tiny_config, tiny_flags
 
-from galore_jax.data.batches import DataConfig, TextData
+from galore_jax.data.batches import TextData
 from galore_jax.errors import UserError
-from galore_jax.training import loop, steps
+from galore_jax.training import experiment, loop
 from galore_jax.training.metrics import read_metrics
+from galore_jax.training.tasks import LanguageModelling
 from galore_jax.training.workdir import claim
 
 
@@ -210,13 +211,13 @@ def test_a_damaged_newest_checkpoint_falls_back(uninterrupted, tmp_path, capsys)
 
 def poisoned(monkeypatch, poison):
     """Makes the training step pass its results through ``poison(state, metrics)``."""
-    make = steps.make_train_step
+    make = experiment.make_train_step
 
     def make_poisoned(*args, **kwargs):
         step = make(*args, **kwargs)
         return lambda state, batch: poison(*step(state, batch))
 
-    monkeypatch.setattr(steps, "make_train_step", make_poisoned)
+    monkeypatch.setattr(experiment, "make_train_step", make_poisoned)
 
 
 def test_a_loss_that_is_not_finite_stops_the_run(tmp_path, monkeypatch):
@@ -256,14 +257,14 @@ def test_other_data_is_refused_on_resume(tmp_path):
     loop.train(tiny_config(train_steps=3), tmp_path)
     checkpoints = tmp_path / "checkpoints"
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(loop.settings, "open_data", lambda config: other_source(config))
+        patch.setattr(LanguageModelling, "open_data", other_source)
         with pytest.raises(UserError, match=r"was trained on sample: .* and the data now is other"):
             loop.train(tiny_config(train_steps=3), tmp_path)
     assert [path.name for path in checkpoints.iterdir()] == ["3"]
 
 
-def other_source(config):
-    data = TextData(DataConfig(**config.data.to_dict()), vocab_size=8192)
+def other_source(task):
+    data = TextData(task.data, vocab_size=8192)
     data.source = "other"
     return data
 
@@ -289,13 +290,13 @@ def test_a_stop_during_an_evaluation_leaves_it_for_later(uninterrupted, tmp_path
 
 
 def test_a_signal_before_the_first_step(tmp_path, monkeypatch, capsys):
-    make = steps.make_train_step
+    make = experiment.make_train_step
 
     def slow_to_compile(*args, **kwargs):
         signal.raise_signal(signal.SIGTERM)
         return make(*args, **kwargs)
 
-    monkeypatch.setattr(steps, "make_train_step", slow_to_compile)
+    monkeypatch.setattr(experiment, "make_train_step", slow_to_compile)
     loop.train(tiny_config(), tmp_path)
     assert "stopped by SIGTERM before the first step" in capsys.readouterr().out
     assert not (tmp_path / "config.json").exists()

@@ -1,0 +1,115 @@
+"""Training methods side by side, as in Figures 1 and 4 and Table 1 of the GaLore paper."""
+
+from collections.abc import Callable
+
+import jax
+
+from galore_jax.memory.count import STATE_ROWS, Row, count_state, tree_bytes
+from galore_jax.memory.report import ACTIVATIONS, Report, make_report, unit_for, versions
+from galore_jax.memory.targets import Target
+from galore_jax.projection import effective_rank
+from galore_jax.training.config import Config
+from galore_jax.training.experiment import Experiment, make_experiment
+from galore_jax.weights import projection_mask
+
+LORA = "LoRA (formula)"
+LAYERWISE = "8-bit GaLore, layerwise"
+_FULL = {"method": "full", "updates": "standard", "projected_gradients": None}
+_GALORE = {"method": "galore", "updates": "standard", "optimizer.name": "adamw8bit"}
+METHODS = {
+    "AdamW": {**_FULL, "optimizer.name": "adamw"},
+    "Adafactor": {**_FULL, "optimizer.name": "adafactor"},
+    "8-bit Adam": {**_FULL, "optimizer.name": "adamw8bit"},
+    "8-bit GaLore, full gradients": {**_GALORE, "projected_gradients": False},
+    "8-bit GaLore, projected": {**_GALORE, "projected_gradients": True},
+    LAYERWISE: {**_GALORE, "projected_gradients": None, "updates": "layerwise"},
+}
+# Savings against AdamW in bfloat16 in the abstract of Zhao et al. 2024 (arXiv:2403.03507).
+_PAPER = {
+    "state": ("optimizer state, GaLore", 0.655),
+    "state_8bit": ("optimizer state, 8-bit GaLore", 0.825),
+    "total": ("total, 8-bit GaLore, layerwise", 0.633),
+}
+
+
+def compare(
+    config: Config, target: Target, say: Callable[[str], None]
+) -> tuple[list[Report], dict[str, float]]:
+    """Reports each method with the config's model, batch and rank; clipping is left out.
+
+    The numbers beside the reports are what GaLore saves of AdamW's memory, as parts of 1.
+
+    Raises:
+      UserError: see :func:`galore_jax.memory.report.make_report`.
+    """
+    reports = {}
+    for method, changes in METHODS.items():
+        say(f"compiling {method} for {target.label}")
+        experiment = _changed(config, changes)
+        reports[method] = make_report(experiment, target, method)
+        if method == "8-bit Adam":
+            reports[LORA] = _lora_report(experiment, reports["AdamW"])
+    adamw, layerwise = reports["AdamW"], reports[LAYERWISE]
+    in_weights_dtype = _changed(config, {**_GALORE, "optimizer.name": "adamw"}).abstract_state()
+    savings = {
+        "state": 1 - count_state(in_weights_dtype.opt_state).total / adamw.optimizer_state,
+        "state_8bit": 1 - layerwise.optimizer_state / adamw.optimizer_state,
+        "total": 1 - layerwise.peak / adamw.peak,
+    }
+    return list(reports.values()), savings
+
+
+def _changed(config: Config, changes: dict[str, object]) -> Experiment:
+    changed = config.copy_and_resolve_references()
+    # Not every alias takes the settings of another.
+    cleared = dict.fromkeys(f"optimizer.{key}" for key in ("clip_norm", "b1", "b2", "eps"))
+    changed.update_from_flattened_dict({**changes, **cleared})
+    return make_experiment(changed)
+
+
+def _lora_report(experiment: Experiment, adamw: Report) -> Report:
+    """LoRA as the paper's Table 1 counts it: factors of mr + nr beside frozen weights.
+
+    The other weights are trained as with AdamW, whose activations it is given too.
+    """
+    params, settings = experiment.abstract_state().params, experiment.config.galore
+    mask = projection_mask(params, tuple(settings.target_modules))
+    factors = frozen = 0
+    for leaf, selected in zip(jax.tree.leaves(params), jax.tree.leaves(mask), strict=True):
+        if selected:
+            (m, n), rank = leaf.shape[-2:], effective_rank(leaf.shape, settings.rank)
+            factors += tree_bytes(leaf) * (m + n) * rank // (m * n)
+            frozen += tree_bytes(leaf)
+    weights = tree_bytes(params)
+    trained = weights - frozen + factors
+    sizes = {
+        "weights": weights + factors,
+        **dict.fromkeys(("gradients", "first moments", "second moments"), trained),
+        ACTIVATIONS: adamw.bytes_of(ACTIVATIONS),
+    }
+    rows = tuple(Row(name, size, "formula") for name, size in sizes.items())
+    return Report(LORA, adamw.target, rows, {}, sum(sizes.values()))
+
+
+def table(reports: list[Report], savings: dict[str, float]) -> str:
+    """The methods, in GiB of 2^30 or MiB of 2^20, and the savings beside the paper's, as text."""
+    unit, unit_bytes = unit_for(max(report.peak for report in reports))
+    head = ("weights", "gradients", "state", "activations", "peak")
+    lines = [f"{unit:<30}" + "".join(f"{name:>13}" for name in head)]
+    for report in reports:
+        columns = (("weights",), ("gradients",), STATE_ROWS, (ACTIVATIONS,))
+        sizes = [*(report.bytes_of(*rows) for rows in columns), report.peak]
+        cells = "".join(f"{size / unit_bytes:>13,.2f}" for size in sizes)
+        fits = {True: "fits", False: "does not fit", None: ""}[report.fits]
+        fits = "formula" if report.method == LORA else fits
+        lines.append(f"{report.method:<30}{cells}  {fits}".rstrip())
+    lines += ["", f"{'less than AdamW':<30}{'here':>13}{'paper':>13}"]
+    for key, (name, paper) in _PAPER.items():
+        lines.append(f"{name:<30}{savings[key]:>13.1%}{paper:>13.1%}")
+    lines += [
+        "",
+        "weights, gradients and state are counted; activations (and workspace) and peak are the",
+        f"compiler's, LoRA is a formula. Compiled for {reports[0].target.label}, not run on it;",
+        versions(),
+    ]
+    return "\n".join(lines)

@@ -1,0 +1,83 @@
+"""The memory report as a stacked bar chart."""
+
+import importlib.util
+from pathlib import Path
+
+from galore_jax.errors import UserError
+from galore_jax.memory.compare import LORA
+from galore_jax.memory.count import STATE_ROWS
+from galore_jax.memory.report import ACTIVATIONS, AT_A_REFRESH, Report, unit_for, versions
+
+# The parts of a bar, told apart without red and green: name, rows, colour, colour of text on it.
+_INK, _CARD = "#2b2b2b", "#b03a2e"
+_PARTS = (
+    ("weights", ("weights",), "#44546a", "white"),
+    ("gradients", ("gradients",), "#eba23b", _INK),
+    ("optimizer state", STATE_ROWS, "#2f87ab", "white"),
+    (ACTIVATIONS, (ACTIVATIONS,), "#a79f92", _INK),
+    (AT_A_REFRESH, (AT_A_REFRESH,), "#dcd7cd", _INK),
+)
+
+
+def check_path(path: Path) -> None:
+    """Refuses, by a UserError, all but a .png or .svg in a folder, and a missing matplotlib."""
+    if path.suffix not in (".png", ".svg"):
+        raise UserError(f"--plot={path} must end in .png or .svg")
+    if not path.parent.is_dir():
+        raise UserError(f"--plot={path}: there is no folder {path.parent}")
+    if importlib.util.find_spec("matplotlib") is None:
+        raise UserError("--plot needs matplotlib: pip install 'galore-jax[plot]'")
+
+
+def plot(reports: list[Report], path: Path, title: str) -> None:
+    """Draws a bar for each report of a target, in GiB or MiB, with its memory as a line.
+
+    Raises:
+      UserError: see :func:`check_path`.
+    """
+    check_path(path)
+    from matplotlib.figure import Figure
+    from matplotlib.patches import Patch
+
+    figure = Figure(figsize=(9.6, 1.5 + 0.44 * len(reports)), layout="constrained")
+    axes = figure.subplots()
+    target, peak = reports[0].target, max(report.peak for report in reports)
+    unit, unit_bytes = unit_for(peak)
+    widest = max(peak, target.memory or 0) / unit_bytes
+    unnamed = {name: colour for name, _, colour, _ in _PARTS}
+    for y, report in enumerate(reports):
+        left, weight = 0.0, "bold" if report.fits else "normal"
+        method = f"{report.method or 'this config'}  "
+        axes.text(0, y, method, ha="right", va="center", color=_INK, weight=weight, fontsize=10.5)
+        for name, rows, colour, text_colour in _PARTS:
+            width = report.bytes_of(*rows) / unit_bytes
+            axes.barh(y, width, left=left, color=colour, height=0.7)
+            if name in unnamed and width > 0.011 * len(name) * widest:
+                axes.text(left + width / 2, y, name, ha="center", va="center", color=text_colour)
+                del unnamed[name]
+            left += width
+        # Without a plan the bar is a formula, or the least that the compiler would have needed.
+        sign = "" if report.plans or report.method == LORA else "≥ "
+        size = f"{sign}{report.peak / unit_bytes:,.1f}"
+        axes.text(left + 0.008 * widest, y, size, va="center", color=_INK, weight=weight)
+    if target.memory is not None:
+        capacity = target.memory / unit_bytes
+        axes.axvline(capacity, color=_CARD, linewidth=1.5, linestyle=(0, (4, 2)))
+        axes.axvspan(capacity, 2 * widest, color=_CARD, alpha=0.05, linewidth=0, zorder=0)
+        label = f" {target.label}: {capacity:,.1f} {unit} "
+        side = "right" if capacity > 0.7 * widest else "left"
+        axes.text(capacity, len(reports) - 0.42, label, color=_CARD, ha=side, va="bottom")
+    axes.set_yticks([])
+    axes.set_xlim(0, 1.07 * widest)
+    axes.set_ylim(len(reports) - 0.35, -0.5)
+    axes.set_title(title, loc="left", fontsize=12, color=_INK, pad=10)
+    made_with = f"{unit}, compiled for {target.label} with {versions()}"
+    axes.set_xlabel(made_with, loc="left", color="#666666")
+    axes.tick_params(length=0, labelcolor=_INK)
+    axes.spines[:].set_visible(False)
+    axes.xaxis.grid(True, color="#e4e4e4")
+    axes.set_axisbelow(True)
+    if unnamed:  # no bar has room for these names
+        handles = [Patch(color=colour, label=name) for name, colour in unnamed.items()]
+        figure.legend(handles=handles, loc="outside lower left", ncols=4, frameon=False)
+    figure.savefig(path, dpi=160, facecolor="white")

@@ -1,0 +1,144 @@
+"""The options of :func:`galore_jax.galore`, checked."""
+
+import dataclasses
+import difflib
+import math
+import numbers
+from collections.abc import Sequence
+from typing import Any, Literal, TypedDict
+
+import jax
+import jax.numpy as jnp
+import optax
+
+from galore_jax.errors import check_int, check_rank
+from galore_jax.projection import PROJ_TYPES, ProjType, TwoSided
+from galore_jax.projectors import PROJECTOR_METHODS, ProjectorMethod
+from galore_jax.quantization import quantized_zeros
+from galore_jax.sharding import zeros_beside
+from galore_jax.weights import MatrixSpec, Patterns, Rank, path_filter
+
+
+class GaLoreOptions(TypedDict, total=False):
+    """Keyword arguments that the aliases pass on to :func:`galore_jax.galore`, which says more.
+
+    Attributes:
+      update_proj_gap: updates between two refreshes; 200.
+      scale: factor on the updates of projected leaves; 0.25.
+      proj_type: ``"std"``, ``"reverse_std"``, ``"left"``, ``"right"`` or ``"full"``; ``"std"``.
+      target_modules: regular expressions on the paths of the leaves to project; every matrix.
+      weight_dimension_numbers: which axes of a leaf are its matrix; the last two.
+      stacked_modules: regular expressions on the paths of leaves stacked by layer; none.
+      projector: ``"svd"``, ``"eigh"``, ``"subspace_iteration"``, ``"randomized"`` or ``"random"``;
+        ``"svd"``.
+      power_iterations: rounds of the iterated methods at a refresh; 2.
+      rotate_moments: whether first moments turn with the projector; False.
+      projector_dtype: dtype of the stored projectors; each leaf's.
+      projector_bits: 8 or 4 to store projectors as integers; None.
+      seed: seed of the projectors' random parts; 0.
+    """
+
+    update_proj_gap: int
+    scale: float
+    proj_type: ProjType
+    target_modules: Patterns | None
+    weight_dimension_numbers: Any
+    stacked_modules: Patterns | None
+    projector: ProjectorMethod
+    power_iterations: int
+    rotate_moments: bool
+    projector_dtype: jax.typing.DTypeLike | None
+    projector_bits: Literal[8, 4] | None
+    seed: int
+
+
+@dataclasses.dataclass(frozen=True)
+class CheckedOptions:
+    """All options of a ``galore``; :func:`galore_jax.galore` says what each means.
+
+    Raises:
+      TypeError, ValueError: an option of the wrong type, or out of its range.
+    """
+
+    rank: Rank
+    update_proj_gap: Any
+    scale: Any
+    proj_type: ProjType
+    target_modules: Patterns | None
+    weight_dimension_numbers: Any
+    stacked_modules: Patterns | None
+    projector: ProjectorMethod
+    power_iterations: Any
+    rotate_moments: bool
+    projector_dtype: Any
+    projector_bits: Literal[8, 4] | None
+    seed: Any
+
+    def __post_init__(self):
+        if not callable(self.rank):
+            check_rank(self.rank)
+        for name, least in (("update_proj_gap", 1), ("power_iterations", 1), ("seed", 0)):
+            value = getattr(self, name)
+            if not isinstance(value, jax.Array):  # as optax.inject_hyperparams passes it
+                check_int(name, value, least)
+        if not isinstance(self.scale, jax.Array):
+            _check_scale(self.scale)
+        if not isinstance(self.rotate_moments, bool):
+            raise TypeError(f"rotate_moments must be a bool, got {self.rotate_moments!r}")
+        _check_choice("proj_type", self.proj_type, PROJ_TYPES)
+        _check_choice("projector", self.projector, PROJECTOR_METHODS)
+        path_filter(self.target_modules)
+        path_filter(self.stacked_modules, "stacked_modules")
+        bits, dtype = self.projector_bits, self.projector_dtype
+        if bits is not None and (bits not in (8, 4) or isinstance(bits, bool | float)):
+            raise ValueError(f"projector_bits must be 8, 4 or None, got {bits!r}")
+        if dtype is not None:
+            _check_dtype(dtype)
+            if bits is not None:
+                raise ValueError(
+                    f"projector_bits={bits} and projector_dtype={dtype} exclude each other: "
+                    "give one"
+                )
+
+    def no_projector(self, leaf: Any, spec: MatrixSpec | None) -> Any:
+        """Makes zeros, stored and sharded as a leaf's projector will be."""
+        if spec is None:
+            return optax.MaskedNode()
+        *stack, row, column = spec.axes
+
+        def zeros(shape: tuple[int, ...], *sides: int | None) -> Any:
+            axes = (*stack, *sides)
+            if self.projector_bits is not None:
+                encoding = "int8" if self.projector_bits == 8 else "int4"
+                return quantized_zeros(leaf, axes, shape, encoding)
+            return zeros_beside(leaf, axes, shape, self.projector_dtype or leaf.dtype)
+
+        shape = spec.projector_shape
+        if isinstance(shape, TwoSided):
+            return TwoSided(zeros(shape.left, row, column), zeros(shape.right, column, row))
+        return zeros(shape, *((row, column) if spec.side == "left" else (column, row)))
+
+
+def _check_scale(scale: Any) -> None:
+    allowed = f"scale must be a number greater than 0, got {scale!r}"
+    if not isinstance(scale, numbers.Real) or isinstance(scale, bool):
+        raise TypeError(allowed)
+    if not 0 < float(scale) < math.inf:
+        raise ValueError(allowed)
+
+
+def _check_choice(name: str, value: Any, choices: Sequence[str]) -> None:
+    if value not in choices:
+        near = difflib.get_close_matches(str(value), choices, n=1)
+        hint = f"; did you mean {near[0]!r}?" if near else ""
+        raise ValueError(f"{name} must be one of {', '.join(choices)}, got {value!r}{hint}")
+
+
+def _check_dtype(projector_dtype: Any) -> None:
+    allowed = f"projector_dtype must be a float dtype or None, got {projector_dtype!r}"
+    try:
+        is_float = jnp.issubdtype(jnp.dtype(projector_dtype), jnp.floating)
+    except TypeError as error:
+        raise TypeError(allowed) from error
+    if not is_float:
+        raise ValueError(allowed)

@@ -1,0 +1,357 @@
+"""Projectors of gradients: exact, iterated, randomized, random; and a refresh of one.
+
+Each method takes a gradient of shape (..., m, n), any leading axes being a stack, computes in
+float32 (float64 for float64) and returns orthonormal columns in that dtype: (..., m, r) for the
+left side, (..., n, r) for the right one, and a :class:`~galore_jax.projection.TwoSided` of the
+two for both; r is ``min(rank, m, n)``.
+"""
+
+import functools
+import math
+from collections.abc import Callable
+from typing import Any, Literal, get_args
+
+import jax
+import jax.numpy as jnp
+
+from galore_jax.projection import (
+    Projector,
+    Side,
+    TwoSided,
+    dense,
+    effective_rank,
+    in_float32,
+    matmul,
+    rotate,
+    scaled,
+)
+from galore_jax.quantization import quantize_like
+from galore_jax.weights import MatrixSpec
+
+ProjectorMethod = Literal["svd", "eigh", "subspace_iteration", "randomized", "random"]
+PROJECTOR_METHODS: tuple[ProjectorMethod, ...] = get_args(ProjectorMethod)
+
+_OVERSAMPLING = 8  # Halko et al. 2011 suggest 5 or 10
+_NOISE = 0.01  # norm of the random part of each column that subspace iteration starts from
+
+
+def find_projector(
+    method: ProjectorMethod,
+    gradient: jax.Array,
+    rank: int,
+    side: Side,
+    *,
+    old: Projector,
+    key: jax.Array,
+    power_iterations: jax.typing.ArrayLike = 2,
+) -> Projector:
+    """Computes a projector by the method of that name; docs/refresh.md has the cost of each.
+
+    Args:
+      method: ``"svd"``, ``"eigh"``, ``"subspace_iteration"``, ``"randomized"`` or ``"random"``.
+      gradient: (..., m, n), finite.
+      rank: number of vectors; more than ``min(m, n)`` gives ``min(m, n)``.
+      side: ``"left"``, ``"right"`` or ``"both"``.
+      old: the projector so far, zeros if there is none; only subspace iteration reads it.
+      key: for the random parts. All matrices of a stack share them.
+      power_iterations: rounds of subspace iteration or of the randomized projector, at least 1.
+
+    >>> import jax, jax.numpy as jnp
+    >>> g = jnp.diag(jnp.array([1.0, -3.0, 2.0]))
+    >>> old, key = jnp.zeros((3, 1)), jax.random.key(0)
+    >>> [find_projector(m, g, 1, "left", old=old, key=key).round().tolist() for m in ("svd", "eigh")]
+    [[[0.0], [1.0], [0.0]], [[0.0], [1.0], [0.0]]]
+    """
+    if method == "svd":
+        return svd_projector(gradient, rank, side)
+    if method == "eigh":
+        return eigh_projector(gradient, rank, side)
+    if method == "subspace_iteration":
+        return subspace_iteration(gradient, old, key, side, power_iterations)
+    if method == "randomized":
+        return randomized_projector(gradient, rank, key, side, power_iterations)
+    return random_projector(gradient, rank, key, side)
+
+
+def refresh_leaves(
+    method: ProjectorMethod,
+    key: jax.Array,
+    power_iterations: jax.typing.ArrayLike,
+    gradients: Any,
+    specs: Any,
+    stored: Any,
+    moments: list[Any],
+) -> tuple[Any, list[Any]]:
+    """Computes new projectors, and turns first moments to them.
+
+    The matrices of a stack have their turns one after the other, so that the workspace is that of
+    one. A matrix whose gradient is zero, or has a NaN or an infinity, keeps all that it had (before
+    its first projector: takes one of coordinate axes).
+
+    Args:
+      method, key, power_iterations: see :func:`find_projector`.
+      gradients: a tree of full gradients.
+      specs: a :class:`~galore_jax.weights.MatrixSpec` for each leaf that is projected, else None.
+      stored: the projectors so far, as they are stored: zeros if there are none yet.
+      moments: trees of first moments, perhaps quantised, from
+        :func:`galore_jax.projection.split_first_moments`.
+
+    Returns:
+      The projectors and the moments, stored as before.
+    """
+    rounds = (
+        (power_iterations, None) if isinstance(power_iterations, int) else (None, power_iterations)
+    )
+
+    def refresh(
+        gradient: Any, spec: MatrixSpec | None, stored: Any, *moments: Any
+    ) -> tuple[Any, ...]:
+        if spec is None:
+            return stored, *moments
+        turns = [getattr(moment, "shape", None) == spec.low_shape for moment in moments]
+        turning = [moment for moment, turn in zip(moments, turns, strict=True) if turn]
+        new, turned = _refreshed(
+            method, spec, *rounds, key, spec.to_matrix(gradient), stored, turning
+        )
+        return new, *(turned.pop(0) if turn else m for m, turn in zip(moments, turns, strict=True))
+
+    leaves, treedef = jax.tree.flatten(gradients)
+    trees = [treedef.flatten_up_to(tree) for tree in (specs, stored, *moments)]
+    new = [refresh(*row) for row in zip(leaves, *trees, strict=True)]
+    columns = zip(*new, strict=True) if new else [()] * (1 + len(moments))
+    projectors, *moments = map(treedef.unflatten, columns)
+    return projectors, moments
+
+
+@functools.partial(jax.jit, static_argnums=(0, 1, 2))
+def _refreshed(method, spec, rounds, traced_rounds, key, gradient, stored, moments):
+    def refresh_one(operands: Any) -> Any:
+        gradient, stored, moments = operands
+        old = dense(stored)
+        is_usable = jnp.isfinite(gradient).all() & (gradient != 0).any()
+        is_empty = functools.reduce(
+            jnp.logical_and, [(x == 0).all() for x in jax.tree.leaves(stored)]
+        )
+        found = find_projector(
+            method,
+            jnp.where(is_usable, gradient, 0),
+            spec.rank,
+            spec.side,
+            old=old,
+            key=key,
+            power_iterations=traced_rounds if rounds is None else rounds,
+        )
+
+        def keep_or(new: Any, before: Any) -> Any:
+            take = lambda a, b: jnp.where(is_usable | is_empty, a.astype(b.dtype), b)  # noqa: E731
+            return jax.tree.map(take, quantize_like(before, new), before)
+
+        new = keep_or(found, stored)
+        turn = lambda moment: rotate(dense(moment), old, dense(new), spec.side)  # noqa: E731
+        return new, [keep_or(turn(moment), moment) for moment in moments]
+
+    depth, operands = len(spec.stack), (gradient, stored, moments)
+    if not depth:
+        return refresh_one(operands)
+    stack = gradient.shape[:depth]
+    flat = jax.tree.map(lambda x: x.reshape(-1, *x.shape[depth:]), operands)
+    out = jax.lax.map(refresh_one, flat)
+    return jax.tree.map(lambda x: x.reshape(*stack, *x.shape[1:]), out)
+
+
+def svd_projector(gradient: jax.Array, rank: int, side: Side) -> Projector:
+    """Takes the top singular vectors, by falling singular value (Zhao et al. 2024, Algorithm 2).
+
+    A singular vector's sign is arbitrary, but moments are carried over a refresh, so it matters: in
+    each vector the entry of largest magnitude is made positive.
+
+    >>> import jax.numpy as jnp
+    >>> svd_projector(jnp.diag(jnp.array([1.0, -3.0, 2.0])), rank=2, side="left").astype(int).tolist()
+    [[0, 0], [1, 0], [0, 1]]
+    """
+    r = effective_rank(gradient.shape, rank)
+    u, _, vh = each_matrix(_svd, in_float32(gradient))
+    left, right = u[..., :, :r], jnp.swapaxes(vh, -2, -1)[..., :, :r]
+    if side == "both":
+        return TwoSided(fix_signs(left), fix_signs(right))
+    return fix_signs(left if side == "left" else right)
+
+
+def eigh_projector(gradient: jax.Array, rank: int, side: Side) -> Projector:
+    """Takes the same vectors from the eigenvectors of the smaller side's Gram matrix.
+
+    Singular values are squared on the way: vectors of singular values below about 3e-4 of the
+    largest are noise in float32.
+
+    >>> import jax.numpy as jnp
+    >>> eigh_projector(jnp.diag(jnp.array([1.0, -3.0, 2.0])), 2, "left").round().astype(int).tolist()
+    [[0, 0], [1, 0], [0, 1]]
+    """
+    r = effective_rank(gradient.shape, rank)
+    matrix = scaled(gradient)
+    smaller: Side = "left" if matrix.shape[-2] <= matrix.shape[-1] else "right"
+    if smaller == "right":
+        matrix = jnp.swapaxes(matrix, -2, -1)
+    small = fix_signs(_top_eigenvectors(matrix, r))
+    if side == smaller:
+        return small
+    large = fix_signs(orthonormalized(matmul(jnp.swapaxes(matrix, -2, -1), small)))
+    if side != "both":
+        return large
+    return TwoSided(small, large) if smaller == "left" else TwoSided(large, small)
+
+
+def subspace_iteration(
+    gradient: jax.Array,
+    old: Projector,
+    key: jax.Array,
+    side: Side,
+    rounds: jax.typing.ArrayLike = 2,
+) -> Projector:
+    """Iterates ``P <- orth(G (G^T P))`` from the projector so far (Halko et al. 2011, Alg. 4.4).
+
+    Columns move continuously with the gradient: there is no fixed order or sign but that of the
+    QR decomposition with a positive diagonal. A little noise on the start finds directions to
+    which the old one is orthogonal; from none at all (zeros) it is a randomized range finder.
+    With both sides, ``Q = orth(G^T P)``.
+
+    >>> import jax, jax.numpy as jnp
+    >>> g = jnp.diag(jnp.array([1.0, -30.0, 2.0]))
+    >>> found = subspace_iteration(g, jnp.eye(3, 1), jax.random.key(0), "left", 4)
+    >>> found.round().astype(int).tolist()
+    [[0], [1], [0]]
+    """
+    matrix = scaled(gradient)
+    start = old.left if isinstance(old, TwoSided) else old
+    if side == "right":
+        matrix = jnp.swapaxes(matrix, -2, -1)
+    transposed = jnp.swapaxes(matrix, -2, -1)
+    k, r = start.shape[-2:]
+    found = start.astype(matrix.dtype) + _NOISE / math.sqrt(k) * _normal(key, k, r, matrix.dtype)
+    found = _power_iterations(matrix, found, rounds)
+    if side == "both":
+        return TwoSided(found, orthonormalized(matmul(transposed, found)))
+    return found
+
+
+def randomized_projector(
+    gradient: jax.Array,
+    rank: int,
+    key: jax.Array,
+    side: Side,
+    power_iterations: jax.typing.ArrayLike = 2,
+) -> Projector:
+    """Takes the top singular vectors of a randomized SVD (Halko et al. 2011, arXiv:0909.4061).
+
+    >>> import jax, jax.numpy as jnp
+    >>> g = jnp.diag(jnp.array([1.0, -3.0, 2.0]))
+    >>> randomized_projector(g, 2, jax.random.key(0), "left").round().astype(int).tolist()
+    [[0, 0], [1, 0], [0, 1]]
+    """
+    matrix, r = scaled(gradient), effective_rank(gradient.shape, rank)
+    if side == "right":
+        matrix = jnp.swapaxes(matrix, -2, -1)
+    transposed = jnp.swapaxes(matrix, -2, -1)
+    width = effective_rank(gradient.shape, r + _OVERSAMPLING)
+    found = matmul(matrix, _normal(key, matrix.shape[-1], width, matrix.dtype))
+    found = _power_iterations(matrix, orthonormalized(found), power_iterations)
+    inside = _top_eigenvectors(matmul(jnp.swapaxes(found, -2, -1), matrix), r)
+    found = fix_signs(matmul(found, inside))
+    if side == "both":
+        return TwoSided(found, fix_signs(orthonormalized(matmul(transposed, found))))
+    return found
+
+
+def random_projector(gradient: jax.Array, rank: int, key: jax.Array, side: Side) -> Projector:
+    """Draws a random subspace, whatever the gradient (GoLore, He et al. 2024, arXiv:2410.11289).
+
+    >>> import jax, jax.numpy as jnp
+    >>> random_projector(jnp.ones((8, 64, 256)), 4, jax.random.key(0), "left").shape
+    (8, 64, 4)
+    """
+    dtype, r = jnp.promote_types(gradient.dtype, jnp.float32), effective_rank(gradient.shape, rank)
+
+    def draw(key: jax.Array, rows: int) -> jax.Array:
+        basis = orthonormalized(_normal(key, rows, r, dtype))
+        return jnp.broadcast_to(basis, (*gradient.shape[:-2], rows, r))
+
+    m, n = gradient.shape[-2:]
+    if side == "both":
+        of_left, of_right = jax.random.split(key)
+        return TwoSided(draw(of_left, m), draw(of_right, n))
+    return draw(key, m if side == "left" else n)
+
+
+def fix_signs(basis: jax.Array) -> jax.Array:
+    """Flips each column of a (..., k, r) basis so that its entry of largest magnitude is positive.
+
+    >>> import jax.numpy as jnp
+    >>> fix_signs(jnp.array([[0.5, 1.0], [-0.75, 0.0]])).tolist()
+    [[-0.5, 1.0], [0.75, 0.0]]
+    """
+    largest = jnp.argmax(jnp.abs(basis), axis=-2, keepdims=True)
+    return basis * jnp.where(jnp.take_along_axis(basis, largest, axis=-2) < 0, -1, 1)
+
+
+def orthonormalized(columns: jax.Array) -> jax.Array:
+    """Makes (..., k, r) columns orthonormal, each on the positive side of the one it came from.
+
+    >>> import jax.numpy as jnp
+    >>> orthonormalized(jnp.array([[-2.0, 1.0], [0.0, 3.0]])).tolist()
+    [[-1.0, 0.0], [0.0, 1.0]]
+    """
+    return each_matrix(_qr, columns)
+
+
+def each_matrix(decompose: Callable[[jax.Array], Any], matrices: jax.Array) -> Any:
+    """Decomposes a stack, on CPU one matrix after the other.
+
+    With jaxlib 0.10.2 stacked decompositions share a pool of threads with whatever runs beside them
+    on the CPU (another one, a virtual device's collective), wait for it and never end.
+
+    >>> import jax.numpy as jnp
+    >>> each_matrix(jnp.linalg.eigvalsh, jnp.stack([jnp.eye(2), 2 * jnp.eye(2)])).tolist()
+    [[1.0, 1.0], [2.0, 2.0]]
+    """
+    if matrices.ndim == 2:
+        return decompose(matrices)
+    stack = matrices.reshape(-1, *matrices.shape[-2:])
+    one_by_one = functools.partial(jax.lax.map, decompose)
+    out = jax.lax.platform_dependent(stack, cpu=one_by_one, default=decompose)
+    return jax.tree.map(lambda x: x.reshape(*matrices.shape[:-2], *x.shape[1:]), out)
+
+
+def _svd(matrix: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
+    return tuple(jnp.linalg.svd(matrix, full_matrices=False))
+
+
+def _qr(columns: jax.Array) -> jax.Array:
+    q, r = jnp.linalg.qr(columns)
+    diagonal = jnp.diagonal(r, axis1=-2, axis2=-1)
+    return q * jnp.where(diagonal < 0, -1, 1)[..., None, :]
+
+
+def _power_iterations(
+    matrix: jax.Array, columns: jax.Array, rounds: jax.typing.ArrayLike
+) -> jax.Array:
+    transposed = jnp.swapaxes(matrix, -2, -1)
+
+    def once(columns: jax.Array) -> jax.Array:
+        return orthonormalized(matmul(matrix, matmul(transposed, columns)))
+
+    if isinstance(rounds, int):
+        for _ in range(rounds):
+            columns = once(columns)
+        return columns
+    return jax.lax.fori_loop(0, rounds, lambda _, columns: once(columns), columns)
+
+
+def _top_eigenvectors(wide: jax.Array, count: int) -> jax.Array:
+    """The top eigenvectors of ``W W^T``, by falling eigenvalue."""
+    gram = matmul(wide, jnp.swapaxes(wide, -2, -1))
+    _, vectors = each_matrix(lambda matrix: tuple(jnp.linalg.eigh(matrix)), gram)
+    return jnp.flip(vectors[..., :, -count:], axis=-1)
+
+
+def _normal(key: jax.Array, rows: int, columns: int, dtype: jax.typing.DTypeLike) -> jax.Array:
+    return jax.random.normal(key, (rows, columns), dtype)

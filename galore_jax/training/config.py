@@ -1,0 +1,139 @@
+"""Configs: which keys they have, and the checks of their values."""
+
+import difflib
+import importlib.util
+import math
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import jax
+
+from galore_jax.errors import UserError
+from galore_jax.projection import PROJ_TYPES
+from galore_jax.projectors import PROJECTOR_METHODS
+from galore_jax.rounding import ROUNDINGS
+from galore_jax.weights import path_filter
+
+Config = Any  # an ml_collections.ConfigDict with the keys of configs/base.py
+
+_AT_LEAST_ONE = (
+    "train_steps",
+    "batch_size",
+    "micro_batch_size",
+    "log_every_steps",
+    "eval_tokens",
+    "keep_checkpoints",
+    "galore.rank",
+    "galore.update_proj_gap",
+    "galore.power_iterations",
+)
+_AT_LEAST_ZERO = (
+    "eval_every_steps",
+    "checkpoint_every_steps",
+    "schedule.warmup_steps",
+    "optimizer.eps",
+    "optimizer.weight_decay",
+    "seed",
+)
+_POSITIVE = (
+    "schedule.peak_lr",
+    "optimizer.clip_norm",
+    "optimizer.matrix_lr_scale",
+    "galore.scale",
+)
+_DTYPES = ("bfloat16", "float16", "float32")
+_CHOICES = {
+    "dtype": _DTYPES,
+    "param_dtype": _DTYPES,
+    "method": ("galore", "full"),
+    "data.name": ("c4", "sample"),
+    "galore.proj_type": PROJ_TYPES,
+    "galore.projector": PROJECTOR_METHODS,
+    "galore.projector_bits": (None, 8, 4),
+    "galore.projector_dtype": (None, *_DTYPES),
+    "galore.refresh_from": ("batch", "micro_batch"),
+    "param_rounding": ROUNDINGS,
+    "updates": ("standard", "layerwise"),
+}
+
+
+def check_config(config: Config) -> None:
+    """Checks the values that neither the model, the data nor the optimizer checks for itself.
+
+    Raises:
+      UserError: the key, its value, and what is allowed, in one line.
+    """
+    values = dict(flat_items(config))
+
+    def require(key: str, allowed: str, is_allowed: Callable[[Any], bool]) -> None:
+        if not is_allowed(values[key]):
+            raise UserError(f"config.{key}={values[key]!r} must be {allowed}")
+
+    for key, value in values.items():
+        if isinstance(value, float):
+            require(key, "a finite number", math.isfinite)
+    for key in _AT_LEAST_ONE:
+        require(key, "at least 1", lambda x: x >= 1)
+    for key in _AT_LEAST_ZERO:
+        require(key, "at least 0", lambda x: x is None or x >= 0)
+    for key in ("optimizer.b1", "optimizer.b2"):
+        require(key, "at least 0 and less than 1", lambda x: x is None or 0 <= x < 1)
+    require("data.seq_len", "at least 2: a token and the one it predicts", lambda x: x >= 2)
+    for key in _POSITIVE:
+        require(key, "greater than 0", lambda x: x is None or x > 0)
+    for key, choices in _CHOICES.items():
+        near = difflib.get_close_matches(str(values[key]), map(str, choices), n=1)
+        hint = f"; did you mean {near[0]}?" if near else ""
+        require(key, " or ".join(map(str, choices)) + hint, choices.__contains__)
+    multiple = f"a multiple of config.micro_batch_size={config.micro_batch_size}"
+    require("batch_size", multiple, lambda x: x % config.micro_batch_size == 0)
+    require("schedule.final_lr_ratio", "from 0 to 1", lambda x: 0 <= x <= 1)
+    require(
+        "schedule.warmup_steps",
+        f"less than config.train_steps={config.train_steps}",
+        lambda _: warmup_steps(config) < config.train_steps,
+    )
+    require(
+        "model.attention_implementation",
+        "xla or None on this device: cudnn is for GPUs",
+        lambda x: x != "cudnn" or jax.default_backend() == "gpu",
+    )
+    require(
+        "projected_gradients",
+        "None or False with config.method='full'",
+        lambda x: not x or config.method == "galore",
+    )
+    require(
+        "projected_gradients",
+        "None or False with config.optimizer.clip_norm: the norm of the full gradient, which "
+        "is then not known; or give --config.optimizer.clip_norm=None",
+        lambda x: not x or config.optimizer.clip_norm is None,
+    )
+    require(
+        "tensorboard",
+        "False, or install the extra: pip install 'galore-jax[tensorboard]'",
+        lambda x: not x or importlib.util.find_spec("tensorboardX") is not None,
+    )
+    try:
+        path_filter(tuple(config.galore.target_modules))
+    except (TypeError, ValueError) as error:
+        raise UserError(f"config.galore.{error}") from error
+
+
+def flat_items(config: Config, prefix: str = "") -> Iterator[tuple[str, Any]]:
+    """Gives the values of a config, or of nested dicts, by their dotted keys.
+
+    >>> list(flat_items({"seed": 0, "galore": {"rank": 4}}))
+    [('seed', 0), ('galore.rank', 4)]
+    """
+    for key, value in config.items():
+        if hasattr(value, "items"):
+            yield from flat_items(value, f"{prefix}{key}.")
+        else:
+            yield prefix + key, value
+
+
+def warmup_steps(config: Config) -> int:
+    """Returns ``schedule.warmup_steps``, or a tenth of the steps where that is None."""
+    steps = config.schedule.warmup_steps
+    return config.train_steps // 10 if steps is None else steps

@@ -1,0 +1,227 @@
+"""What a config describes, made once: model, task, optimizer, schedule and mode."""
+
+import dataclasses
+import functools
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import optax
+
+from galore_jax.data.batches import DataConfig
+from galore_jax.errors import UserError
+from galore_jax.memory.count import tree_bytes
+from galore_jax.models import llama
+from galore_jax.models.llama import LlamaConfig
+from galore_jax.models.stages import BLOCKS, LAYERS, Stages
+from galore_jax.per_layer import is_leafwise
+from galore_jax.training.config import Config, check_config
+from galore_jax.training.layerwise import make_layerwise_step
+from galore_jax.training.optimizer import make_optimizer, make_schedule, uses_matrices
+from galore_jax.training.step import Mode, Step, TrainState, make_train_step
+from galore_jax.training.tasks import Batch, LanguageModelling, Task
+from galore_jax.weights import projection_mask
+
+
+@dataclasses.dataclass(frozen=True)
+class Experiment:
+    """A run before its data and its first step; nothing in it holds memory.
+
+    Attributes:
+      config: the config, as it was given.
+      model: sizes and numerics.
+      task: loss, metrics and batches.
+      schedule: the learning rate after a number of updates.
+      optimizer: for all layers, stacked.
+      layer_optimizer: with layerwise updates the same for a model with one layer, without the
+        leading axis; else None.
+      mode: how updates are made.
+    """
+
+    config: Config
+    model: LlamaConfig
+    task: Task
+    schedule: optax.Schedule
+    optimizer: optax.GradientTransformationExtraArgs
+    layer_optimizer: optax.GradientTransformationExtraArgs | None
+    mode: Mode
+
+    @functools.cached_property
+    def stages(self) -> Stages:
+        """The model as pure functions."""
+        return llama.stages(self.model)
+
+    def init(self, key: jax.Array) -> TrainState:
+        """The state before the first update; a pure function for ``jax.jit``."""
+        _, params = llama.init_params(self.model, key)
+        return TrainState(jnp.zeros([], jnp.int32), params, self.optimizer.init(params))
+
+    def abstract_state(self) -> TrainState:
+        """The shapes of the state.
+
+        Raises:
+          UserError: an optimizer that does not fit the model.
+        """
+        return self._abstract_state
+
+    @functools.cached_property
+    def _abstract_state(self) -> TrainState:
+        try:
+            state = jax.eval_shape(self.init, jax.random.key(self.config.seed))
+            if uses_matrices(self.config):
+                targets = tuple(self.config.galore.target_modules)
+                projection_mask(state.params, targets, stacked_modules=LAYERS)
+            return state
+        except (TypeError, ValueError) as error:
+            raise UserError(f"the optimizer does not fit the model: {error}") from error
+
+    def abstract_batch(self, sequences: int) -> Batch:
+        """The shapes of a batch."""
+        return self.task.abstract_batch(sequences)
+
+    def refreshes(self, count: int) -> bool:
+        """Whether the update after ``count`` updates makes new projectors."""
+        return self.config.method == "galore" and count % self.config.galore.update_proj_gap == 0
+
+    def train_steps(self) -> dict[bool, Step]:
+        """The pure steps of a run, by what :meth:`refreshes` gives.
+
+        Compiled apart, ordinary steps contain no decomposition.
+        """
+        kinds = [False]
+        if self.config.method == "galore":
+            kinds = [True] if self.config.galore.update_proj_gap == 1 else [False, True]
+        return {refresh: self._train_step(refresh) for refresh in kinds}
+
+    def _train_step(self, refresh: bool) -> Step:
+        given = self.stages, self.task
+        rest = self.schedule, self.mode
+        if self.layer_optimizer is not None:
+            return make_layerwise_step(*given, self.layer_optimizer, *rest, refresh=refresh)
+        return make_train_step(*given, self.optimizer, *rest, refresh=refresh)
+
+    def gradient_shapes(self) -> Any:
+        """The shapes of all gradients of a step without new projectors."""
+        state = self.abstract_state()
+        if not self.mode.projected:
+            return state.params
+        return jax.eval_shape(self.mode.variables, state.params, state.opt_state)
+
+    def gradient_bytes(self) -> int:
+        """Bytes of the gradients that exist at once in such a step, float32 sums included."""
+        shapes = self.gradient_shapes()
+        parts = self.mode.micro_batches
+        if self.mode.updates == "standard":
+            return tree_bytes(shapes) + _sum_bytes(shapes, parts)
+        layer = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape[1:], x.dtype), shapes[BLOCKS])
+        largest = max(tree_bytes(x) for key, x in shapes.items() if key != BLOCKS)
+        if self.mode.side_by_side:
+            return max(tree_bytes(layer) + _sum_bytes(layer, parts), largest)
+        return max(tree_bytes(layer), largest) + _sum_bytes(shapes, 2)
+
+
+def make_experiment(config: Config) -> Experiment:
+    """Makes what a config describes.
+
+    Raises:
+      UserError: a value that is not allowed, or settings that do not go together.
+    """
+    check_config(config)
+    model = LlamaConfig(
+        **config.model.to_dict(),
+        dtype=config.dtype,
+        param_dtype=config.param_dtype,
+        remat=config.remat,
+    )
+    data = DataConfig(**config.data.to_dict())
+    task = LanguageModelling(data, model.vocab_size, model.loss_chunk_tokens)
+    projected = config.projected_gradients
+    if projected is None:  # where it can be
+        projected = config.method == "galore" and config.optimizer.clip_norm is None
+    mode = Mode(
+        updates=config.updates,
+        projected=projected,
+        proj_type=config.galore.proj_type,
+        micro_batches=config.batch_size // config.micro_batch_size,
+        refresh_from=config.galore.refresh_from,
+        rounding=config.param_rounding,
+    )
+    schedule = make_schedule(config)
+    experiment = Experiment(
+        config, model, task, schedule, make_optimizer(config, schedule), None, mode
+    )
+    experiment.abstract_state()
+    if mode.updates == "standard":
+        return experiment
+    side_by_side = not projected or _inputs_are_smaller_than_sums(experiment)
+    return dataclasses.replace(
+        experiment,
+        layer_optimizer=_layer_optimizer(experiment),
+        mode=dataclasses.replace(mode, side_by_side=side_by_side),
+    )
+
+
+def summary(experiment: Experiment) -> str:
+    """What will run, in a few lines."""
+    config, model = experiment.config, experiment.config.model
+    data, schedule = config.data, config.schedule
+    settings, low_rank = config.optimizer, config.galore
+    method = f"{settings.name} on the full gradients"
+    if config.method == "galore":
+        method = (
+            f"galore of {settings.name}: rank {low_rank.rank}, new projector every "
+            f"{low_rank.update_proj_gap} updates, scale {low_rank.scale:g}"
+        )
+    device = jax.local_devices()[0].device_kind
+    layout = "packed" if data.packing else "a document a row"
+    params = llama.count_params(experiment.abstract_state().params)
+    return (
+        f"model   {params / 1e6:,.2f}M parameters: hidden {model.hidden_size}, "
+        f"{model.num_layers} layers, vocabulary {model.vocab_size}, {config.param_dtype}\n"
+        f"method  {method}\n"
+        f"data    {data.name}: {config.batch_size} x {data.seq_len} tokens an update, {layout}\n"
+        f"run     {config.train_steps} updates, peak learning rate {schedule.peak_lr:g}, "
+        f"seed {config.seed}, on {device} with jax {jax.__version__}"
+    )
+
+
+def step_name(refresh: bool) -> str:
+    """The name of a step in the memory report."""
+    return "step with a refresh" if refresh else "training step"
+
+
+def _sum_bytes(shapes: Any, micro_batches: int) -> int:
+    """Bytes of the float32 sums over several micro-batches."""
+    return 4 * sum(leaf.size for leaf in jax.tree.leaves(shapes)) if micro_batches > 1 else 0
+
+
+def _inputs_are_smaller_than_sums(experiment: Experiment) -> bool:
+    """Whether the blocks' inputs of a batch take no more than the float32 sums of all gradients."""
+    config, model = experiment.config, experiment.model
+    tokens = config.batch_size * config.data.seq_len
+    inputs = tokens * model.hidden_size * model.num_layers * jnp.dtype(model.dtype).itemsize
+    return inputs <= _sum_bytes(experiment.gradient_shapes(), 2)
+
+
+def _layer_optimizer(experiment: Experiment) -> optax.GradientTransformationExtraArgs:
+    """The optimizer for a single layer, if it needs to know no more.
+
+    Raises:
+      UserError: clipping by the global norm, an optimizer that needs all leaves at once.
+    """
+    config = experiment.config
+    with_layers = "config.updates='layerwise' cannot be used with "
+    if config.optimizer.clip_norm is not None:
+        raise UserError(
+            f"{with_layers}config.optimizer.clip_norm={config.optimizer.clip_norm}: the global "
+            "norm is known only when all gradients are; give --config.optimizer.clip_norm=None"
+        )
+    tx = make_optimizer(config, experiment.schedule, stacked=False)
+    params = experiment.abstract_state().params
+    layer = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape[1:], x.dtype), params[BLOCKS])
+    if not is_leafwise(tx, {**params, BLOCKS: layer}, refresh=False, value=0.0):
+        raise UserError(
+            f"{with_layers}config.optimizer.name={config.optimizer.name!r}, which needs the "
+            "gradients of all weights at once, or draws random numbers"
+        )
+    return tx

@@ -1,0 +1,201 @@
+"""The pure functions of training: first state, one update, evaluation of one batch."""
+
+import dataclasses
+from collections.abc import Callable
+from typing import Any, Literal, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import optax
+
+from galore_jax.models.stages import KERNELS, Stages
+from galore_jax.projected_grad import gradient_variables, project_gradients, with_variables
+from galore_jax.projection import ProjType
+from galore_jax.rounding import Rounding, apply_updates
+from galore_jax.training.tasks import Batch, Task
+
+Metrics = dict[str, jax.Array]
+NORMS = ("grad_norm", "projected_grad_norm")
+
+
+class TrainState(NamedTuple):
+    """All that an update changes.
+
+    Attributes:
+      step: updates made, () int32.
+      params: the model's weights, nested dicts of arrays.
+      opt_state: the optimizer's state.
+    """
+
+    step: jax.Array
+    params: Any
+    opt_state: optax.OptState
+
+
+Step = Callable[[TrainState, Batch], tuple[TrainState, Metrics]]
+
+
+@dataclasses.dataclass(frozen=True)
+class Mode:
+    """How an update is made. All modes make the same update.
+
+    Attributes:
+      updates: ``"standard"``, all gradients before all updates; ``"layerwise"``, each layer's
+        update as soon as its gradient exists, see :mod:`galore_jax.training.layerwise`.
+      projected: whether ordinary steps take the projected gradients of the blocks' kernels.
+      proj_type: GaLore's.
+      micro_batches: the number of equal parts of a batch, whose gradients add up in float32.
+      refresh_from: where new projectors come from with projected gradients: ``"batch"``, the full
+        gradient of the whole batch, or ``"micro_batch"``, that of its first micro-batch, so that
+        the full gradient is never added up in float32.
+      rounding: of bfloat16 weights, see :func:`galore_jax.rounding.apply_updates`.
+      side_by_side: layerwise, whether all micro-batches go through a layer before the next one's
+        turn, which keeps the blocks' inputs of the whole batch. Otherwise, with projected gradients
+        alone, one goes through all layers after the other: that keeps the float32 sums of all
+        projected gradients.
+    """
+
+    updates: Literal["standard", "layerwise"] = "standard"
+    projected: bool = False
+    proj_type: ProjType = "std"
+    micro_batches: int = 1
+    refresh_from: Literal["batch", "micro_batch"] = "batch"
+    rounding: Rounding = "nearest"
+    side_by_side: bool = True
+
+    def __post_init__(self):
+        if not self.side_by_side and not self.projected:
+            raise ValueError("micro-batches one after the other need projected gradients")
+
+    def variables(self, params: Any, opt_state: optax.OptState) -> Any:
+        """What projected gradients are taken by, see ``gradient_variables``."""
+        return gradient_variables(params, opt_state, proj_type=self.proj_type, kernels=KERNELS)
+
+    def project(self, grads: Any, opt_state: optax.OptState) -> Any:
+        """Full gradients as the optimizer sees them, see ``project_gradients``."""
+        return project_gradients(grads, opt_state, proj_type=self.proj_type, kernels=KERNELS)
+
+
+def make_train_step(
+    model: Stages,
+    task: Task,
+    tx: optax.GradientTransformationExtraArgs,
+    schedule: optax.Schedule,
+    mode: Mode,
+    *,
+    refresh: bool,
+) -> Step:
+    """One update: the mean loss over the targets of the whole batch, its gradient, the optimizer.
+
+    Each target counts alike, whichever micro-batch it is in.
+
+    Args:
+      model, task: what is trained, and to do what.
+      tx: the optimizer.
+      schedule: its learning rate, for the metrics.
+      mode: how.
+      refresh: for GaLore, whether this step makes new projectors, from full gradients.
+
+    Returns:
+      A pure function of (state, batch) giving the new state and, all () float32 but ``tokens``:
+      ``loss`` in nats a target, ``learning_rate``, ``tokens``, the int32 number of targets,
+      ``grad_norm``, global and before clipping, where full gradients are there, and with
+      ``mode.projected`` the norm of what the optimizer sees of them, ``projected_grad_norm``.
+      Meant for ``jax.jit`` with the state donated.
+    """
+
+    def train_step(state: TrainState, batch: Batch) -> tuple[TrainState, Metrics]:
+        tokens, per_target, parts = split_batch(task, batch, mode.micro_batches)
+
+        def part_of_mean(params: Any, part: Batch) -> jax.Array:
+            return task.loss(model.forward(params, part), part) * per_target
+
+        opt_state, norms, update_refreshes = state.opt_state, {}, refresh
+        from_batch = mode.refresh_from == "batch" or mode.micro_batches == 1
+        if not mode.projected or (refresh and from_batch):
+            loss, grads = sum_over_parts(jax.value_and_grad(part_of_mean), state.params, parts)
+            grads = cast_like(state.params, grads)
+            norms["grad_norm"] = gradient_norm(grads)
+        else:
+            first = ()
+            if refresh:
+                head = jax.tree.map(lambda x: x[0], parts)
+                parts = jax.tree.map(lambda x: x[1:], parts)
+                loss, grads = jax.value_and_grad(part_of_mean)(state.params, head)
+                norms["grad_norm"] = gradient_norm(grads)
+                opt_state = tx.refresh(grads, opt_state, state.params)  # pyright: ignore
+                first = loss, mode.project(grads, opt_state)
+            variables = mode.variables(state.params, opt_state)
+
+            def projected_part_of_mean(variables: Any, part: Batch) -> jax.Array:
+                return part_of_mean(with_variables(state.params, opt_state, variables), part)
+
+            loss, grads = sum_over_parts(
+                jax.value_and_grad(projected_part_of_mean), variables, parts, first
+            )
+            grads = cast_like(variables, grads)
+            norms["projected_grad_norm"] = gradient_norm(grads)
+            update_refreshes = False
+
+        updates, opt_state = tx.update(
+            grads, opt_state, state.params, value=loss, refresh=update_refreshes
+        )
+        if mode.projected and "projected_grad_norm" not in norms:
+            norms["projected_grad_norm"] = gradient_norm(mode.project(grads, opt_state))
+        metrics = {
+            "loss": loss,
+            "learning_rate": jnp.asarray(schedule(state.step), jnp.float32),
+            "tokens": tokens,
+            **norms,
+        }
+        params = apply_updates(state.params, updates, state.step, mode.rounding)
+        return TrainState(state.step + 1, params, opt_state), metrics
+
+    return train_step
+
+
+def split_batch(task: Task, batch: Batch, parts: int) -> tuple[jax.Array, jax.Array, Batch]:
+    """A batch's number of targets, its inverse, and the batch as (parts, sequences, ...)."""
+    tokens = task.count(batch)
+    per_target = 1.0 / jnp.maximum(tokens, 1).astype(jnp.float32)
+    return tokens, per_target, jax.tree.map(lambda x: x.reshape(parts, -1, *x.shape[1:]), batch)
+
+
+def cast_like(params: Any, grads: Any) -> Any:
+    """Gradients in the dtypes of what they are gradients of."""
+    return jax.tree.map(lambda p, g: g.astype(p.dtype), params, grads)
+
+
+def sum_of_squares(grads: Any) -> jax.Array:
+    """The sum of the squares of a whole tree, () float32."""
+    return optax.tree.norm(jax.tree.map(lambda g: g.astype(jnp.float32), grads), squared=True)
+
+
+def gradient_norm(grads: Any) -> jax.Array:
+    """The norm of a whole tree, () float32."""
+    return jnp.sqrt(sum_of_squares(grads))
+
+
+def sum_over_parts(loss_and_grad, variables: Any, parts: Batch, first=()) -> tuple[Any, Any]:
+    """Summed in float32, starting from the (loss, gradients) of ``first`` if there is one."""
+    if not first and len(jax.tree.leaves(parts)[0]) == 1:
+        return loss_and_grad(variables, jax.tree.map(lambda x: x[0], parts))
+
+    def add(carry, part):
+        return jax.tree.map(lambda total, x: total + x, carry, loss_and_grad(variables, part)), None
+
+    start = first or (jnp.float32(0.0), jax.tree.map(jnp.zeros_like, variables))
+    start = jax.tree.map(lambda x: x.astype(jnp.float32), start)
+    (loss, grads), _ = jax.lax.scan(add, start, parts)
+    return loss, grads
+
+
+def make_eval_step(model: Stages, task: Task) -> Callable[[Any, Batch], jax.Array]:
+    """A pure function of (params, batch): the summed loss of its targets."""
+    return lambda params, batch: task.loss(model.forward(params, batch), batch)
+
+
+def all_finite(state: TrainState) -> jax.Array:
+    """Whether no weight and no moment is NaN or infinite, () bool."""
+    leaves = [x for x in jax.tree.leaves(state) if jnp.issubdtype(x.dtype, jnp.floating)]
+    return jnp.stack([jnp.isfinite(leaf).all() for leaf in leaves]).all()
