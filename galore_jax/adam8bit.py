@@ -7,12 +7,11 @@ import jax
 import jax.numpy as jnp
 import optax
 
+from galore_jax.blocks import BLOCK_SIZE, check_block_size
 from galore_jax.quantization import (
-    BLOCK_SIZE,
     Encoding,
     Quantized,
     block_scales,
-    check_block_size,
     dequantize,
     quantize,
     quantized_zeros,
@@ -180,9 +179,9 @@ def _decoded(moment: Any) -> jax.Array:
 
 
 def _scales(mu: jax.Array, nu: jax.Array, block_size: int) -> tuple[jax.Array, jax.Array]:
-    """Returns the scales of both moments; a quarter of the least root is small for a ``mu``."""
+    """Returns the scales of both moments, whose codes reach down to the smallest root of ``nu``."""
     smallest = smallest_magnitudes(jnp.sqrt(nu), block_size)
     return (
-        block_scales(mu, "adaptive", block_size=block_size, smallest=smallest / 4),
+        block_scales(mu, "adaptive", block_size=block_size, smallest=smallest),
         block_scales(nu, "adaptive_root", block_size=block_size, smallest=smallest),
     )

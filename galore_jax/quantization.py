@@ -1,7 +1,7 @@
 r"""Arrays in 8 or 4 bits: codes of the array's own shape, and a float32 scale for each block.
 
 A block is a tile of at most ``block_size`` values of the last two axes, mostly neighbours along the
-last, see :func:`block_shape`. Axes before these are never joined: slicing and mapping a stack of
+last, see :func:`galore_jax.blocks.block_shape`. Axes before these are never joined: slicing and mapping a stack of
 matrices does the same to codes and scales. The scale of a block is its largest magnitude, and a
 code stands for a value of its encoding times that:
 
@@ -15,35 +15,41 @@ int4           int4   :math:`k / 7`, :math:`-7 \le k \le 7`
 =============  =====  ======================================================================
 
 The adaptive values from :math:`v_0 = 0` to 1 lie nearly evenly on a logarithmic scale, as floats of
-few bits do, and each block has its own step. The step is one of sixteen, from 64 to 4.6 values for a
+few bits do, and each block has its own step. The step is one of 64, from 64 to 4.1 values for a
 factor of two (half as many for ``adaptive``), and the finest one that reaches down to the smallest
-magnitude of the block: 4 binades are reached with the finest, 55 with the coarsest. The last four
-bits of the scale say which (a scale is then off by at most 2e-6 of itself). Values are found, and
-codes decoded, by arithmetic on the bits of floats: no table is searched or gathered from.
+magnitude of the block: the finest reaches down by a factor of 2**4, the coarsest by 2**61. The last
+six bits of the scale say which (a scale is then off by at most 8e-6 of itself). Values are found,
+and codes decoded, by arithmetic on the bits of floats: no table is searched or gathered from.
 
 ``adaptive_root`` encodes the square root: a second moment enters Adam under a root, so that is where
 its precision is wanted. Zero, and zero alone, has its code zero. ``adaptive`` rounds what is smaller
 than its smallest value to zero or to that value.
 """
 
-import math
 from collections.abc import Iterable, Sequence
 from typing import Any, Literal, NamedTuple, get_args
 
 import jax
 import jax.numpy as jnp
 
+from galore_jax.blocks import (
+    BLOCK_SIZE,
+    check_block_size,
+    in_blocks,
+    out_of_blocks,
+    scales_shape,
+)
 from galore_jax.sharding import zeros_beside
 
 Encoding = Literal["adaptive", "adaptive_root", "int8", "int4"]
 ENCODINGS: tuple[Encoding, ...] = get_args(Encoding)
-BLOCK_SIZE = 256
 
 _LEVELS = {"int8": 127, "int4": 7}
 _TOP = {"adaptive": 127, "adaptive_root": 255}
+_FINEST = {"adaptive": 1 << 18, "adaptive_root": 1 << 17}  # steps, in the bits of float32
 _TINY = float(jnp.finfo(jnp.float32).tiny)  # smaller scales are zero: dividing by them is not safe
 _ONE = 0x3F800000  # the bits of 1.0
-_FINEST = 1 << 17  # step between the values of adaptive_root in float32's bits: 2**-6 of a binade
+_STEPS = 63  # the bits of a scale that say which step
 
 
 class Quantized(NamedTuple):
@@ -53,7 +59,7 @@ class Quantized(NamedTuple):
 
     Attributes:
       codes: of the array's shape; int8, uint8 or int4.
-      scales: float32; of the array's shape with the last two axes divided by :func:`block_shape`,
+      scales: float32; of the array's shape with the last two axes divided by :func:`galore_jax.blocks.block_shape`,
         rounded up.
       encoding: what the codes stand for.
       block_size: the most values that share a scale.
@@ -90,35 +96,6 @@ def is_quantized(node: Any) -> bool:
     False
     """
     return isinstance(node, Quantized)
-
-
-def block_shape(shape: tuple[int, ...], block_size: int = BLOCK_SIZE) -> tuple[int, int]:
-    """Rows and columns of a block of an array of that shape.
-
-    As many columns as fit, then as many rows; of either, numbers that divide the axis, since what
-    would have to be padded takes a multiple of the time. Only where a fourth of what fits is more
-    than the best divisor, the last blocks are ragged.
-
-    >>> block_shape((64, 11008)), block_shape((3, 512, 64)), block_shape((64,))
-    ((1, 256), (4, 64), (1, 64))
-    >>> block_shape((64, 1376)), block_shape((512, 5461)), block_shape((64, 1021))
-    ((1, 172), (2, 127), (1, 256))
-    """
-    columns = _dividing(shape[-1], block_size)
-    return _dividing(shape[-2] if len(shape) > 1 else 1, block_size // columns), columns
-
-
-def scales_shape(shape: tuple[int, ...], block_size: int = BLOCK_SIZE) -> tuple[int, ...]:
-    """Shape of the scales of an array of that shape.
-
-    >>> scales_shape((8, 64, 1376)), scales_shape((1000,))
-    ((8, 64, 8), (4,))
-    """
-    rows, columns = block_shape(shape, block_size)
-    last = math.ceil(shape[-1] / columns)
-    if len(shape) == 1:
-        return (last,)
-    return (*shape[:-2], math.ceil(shape[-2] / rows), last)
 
 
 def code_dtype(encoding: Encoding) -> Any:
@@ -166,22 +143,22 @@ def quantize(
     """
     if scales is None:
         scales = block_scales(array, encoding, block_size=block_size)
-    blocks = _in_blocks(_coded(array, encoding), block_size)
+    blocks = in_blocks(_coded(array, encoding), block_size)
     largest = _beside(scales, blocks)
     share = jnp.minimum(jnp.abs(blocks) / jnp.where(largest == 0, jnp.inf, largest), 1)
-    up = 0.5 if noise is None else _in_blocks(noise, block_size)
+    up = 0.5 if noise is None else in_blocks(noise, block_size)
     if encoding in _LEVELS:
         level = _LEVELS[encoding]
         number = jnp.minimum(jnp.floor(share * level + up), level)
     else:
-        number = _adaptive_number(share, largest, _TOP[encoding], up)
+        number = _adaptive_number(share, largest, encoding, up)
     if encoding == "adaptive_root":
         number = jnp.maximum(number, (blocks > 0).astype(jnp.float32))
     number = _small_int(number)
     if encoding != "adaptive_root":
         number = jnp.where(blocks < 0, -number, number)
     codes = number.astype(jnp.int8).astype(code_dtype(encoding))
-    return Quantized(_out_of_blocks(codes, array.shape), scales, encoding, block_size)
+    return Quantized(out_of_blocks(codes, array.shape), scales, encoding, block_size)
 
 
 def block_scales(
@@ -210,18 +187,18 @@ def block_scales(
     if jnp.ndim(array) == 0:
         raise ValueError("a scalar has no blocks to quantise; keep it as it is")
     array = _coded(array, encoding)
-    blocks = _in_blocks(array, block_size)
+    blocks = in_blocks(array, block_size)
     scales = jnp.abs(blocks).max(axis=(-3, -1)).reshape(scales_shape(array.shape, block_size))
     scales = jnp.where(scales < _TINY, 0, jnp.where(scales < jnp.inf, scales, jnp.nan))
     if encoding in _LEVELS:
         return scales
     if smallest is None:
         smallest = smallest_magnitudes(array, block_size)
-    ratio = jnp.clip(smallest / scales, 0, 1)
-    step = (_ONE - _bits(ratio)).astype(jnp.float32) * (1 / (_TOP[encoding] * (256 // (_TOP[encoding] + 1)) * _FINEST))
-    # Floats with two bits after the point have bits in equal steps of 2**21.
-    choice = (_bits(jnp.maximum(step, 1)) - _ONE + (2**21 - 1)) >> 21
-    bits = (_bits(scales) & ~15) | jnp.clip(choice, 0, 15)
+    reach = (_ONE - _bits(jnp.clip(smallest / scales, 0, 1))).astype(jnp.float32)
+    step = jnp.maximum(reach / (_TOP[encoding] * _FINEST[encoding]), 1)
+    # Floats with four bits after the point have bits in equal steps of 2**19.
+    choice = jnp.minimum((_bits(step) - _ONE + (2**19 - 1)) >> 19, _STEPS)
+    bits = (_bits(scales) & ~_STEPS) | choice
     return jnp.where(scales > 0, _floats(bits), scales)
 
 
@@ -232,7 +209,7 @@ def smallest_magnitudes(array: jax.Array, block_size: int = BLOCK_SIZE) -> jax.A
     >>> smallest_magnitudes(jnp.array([0.0, -8.0, 2.0])).tolist()
     [2.0]
     """
-    blocks = jnp.abs(_in_blocks(jnp.asarray(array).astype(jnp.float32), block_size))
+    blocks = jnp.abs(in_blocks(jnp.asarray(array).astype(jnp.float32), block_size))
     smallest = jnp.where(blocks > 0, blocks, jnp.inf).min(axis=(-3, -1))
     return smallest.reshape(scales_shape(array.shape, block_size))
 
@@ -278,13 +255,13 @@ def dequantize(quantized: Quantized) -> jax.Array:
             f"codes of shape {shape} in blocks of {block_size} have scales of shape {expected}, "
             f"got {jnp.shape(quantized.scales)}"
         )
-    blocks = _in_blocks(quantized.codes, block_size)
+    blocks = in_blocks(quantized.codes, block_size)
     scales = _beside(quantized.scales, blocks)
     number = blocks.astype(jnp.int32)
     if quantized.encoding in _LEVELS:
         values = number.astype(jnp.float32) * (scales / _LEVELS[quantized.encoding])
     else:
-        zero, step = _adaptive_grid(scales, _TOP[quantized.encoding])
+        zero, step = _adaptive_grid(scales, quantized.encoding)
         zero_value = _floats(zero)
         values = (_floats(zero + jnp.abs(number) * step) - zero_value) * (scales / (1 - zero_value))
     if quantized.encoding == "adaptive":
@@ -292,7 +269,7 @@ def dequantize(quantized: Quantized) -> jax.Array:
     elif quantized.encoding == "adaptive_root":
         # Squares must not vanish either.
         values = jnp.maximum(values * values, jnp.minimum(values, _TINY))
-    return _out_of_blocks(values, shape)
+    return out_of_blocks(values, shape)
 
 
 def dequantize_tree(tree: Any) -> Any:
@@ -323,55 +300,24 @@ def quantize_like(old: Any, new: Any) -> Any:
     return jax.tree.map(like, old, new, is_leaf=is_quantized)
 
 
-def check_block_size(block_size: Any) -> None:
-    """Raises TypeError or ValueError unless ``block_size`` is an int of at least 1."""
-    if not isinstance(block_size, int) or isinstance(block_size, bool):
-        raise TypeError(f"block_size must be an int of at least 1, got {block_size!r}")
-    if block_size < 1:
-        raise ValueError(f"block_size must be an int of at least 1, got {block_size}")
-
-
-def _dividing(size: int, most: int) -> int:
-    """The largest divisor of a size up to ``most``; ``most`` itself if only a fourth is left."""
-    most = max(1, min(size, most))
-    return next((d for d in range(most, most // 4, -1) if size % d == 0), most)
-
-
-def _in_blocks(array: jax.Array, block_size: int) -> jax.Array:
-    """(..., m, n) as (..., m / rows, rows, n / columns, columns), padded with zeros."""
-    rows, columns = block_shape(array.shape, block_size)
-    *stack, m, n = array.shape if array.ndim > 1 else (1, *array.shape)
-    matrix = array.reshape(*stack, m, n)
-    if m % rows or n % columns:
-        matrix = jnp.pad(matrix, [(0, 0)] * len(stack) + [(0, -m % rows), (0, -n % columns)])
-    return matrix.reshape(*stack, -(-m // rows), rows, -(-n // columns), columns)
-
-
-def _out_of_blocks(blocks: jax.Array, shape: tuple[int, ...]) -> jax.Array:
-    """The array of that shape, its padding cut off."""
-    *stack, a, rows, b, columns = blocks.shape
-    matrix = blocks.reshape(*stack, a * rows, b * columns)
-    m = shape[-2] if len(shape) > 1 else 1
-    return matrix[..., :m, : shape[len(shape) - 1]].reshape(shape)
-
-
 def _beside(scales: jax.Array, blocks: jax.Array) -> jax.Array:
     """Returns scales in a shape that broadcasts to blocks."""
     return scales.reshape(*blocks.shape[:-3], 1, blocks.shape[-2], 1)
 
 
-def _adaptive_grid(scales: jax.Array, top: int) -> tuple[jax.Array, jax.Array]:
+def _adaptive_grid(scales: jax.Array, encoding: Encoding) -> tuple[jax.Array, jax.Array]:
     """Returns the bits of the float that stands for zero, and the step to the next, both int32."""
-    choice = _bits(scales) & 15
-    step = ((4 + (choice & 3)) << (choice >> 2)) * (_FINEST // 4 * (256 // (top + 1)))
-    return _ONE - top * step, step
+    choice = _bits(scales) & _STEPS
+    step = ((16 + (choice & 15)) << (choice >> 4)) * (_FINEST[encoding] // 16)
+    return _ONE - _TOP[encoding] * step, step
 
 
 def _adaptive_number(
-    share: jax.Array, scales: jax.Array, top: int, up: jax.typing.ArrayLike
+    share: jax.Array, scales: jax.Array, encoding: Encoding, up: jax.typing.ArrayLike
 ) -> jax.Array:
     """Returns the whole number k, in float32, of the value of shares in [0, 1]."""
-    zero, step = _adaptive_grid(scales, top)
+    top = _TOP[encoding]
+    zero, step = _adaptive_grid(scales, encoding)
     zero_value = _floats(zero)
     share = share * (1 - zero_value) + zero_value
     below = jnp.floor((_bits(share) - zero).astype(jnp.float32) / step.astype(jnp.float32))
