@@ -65,6 +65,6 @@ def out_of_blocks(blocks: jax.Array, shape: tuple[int, ...]) -> jax.Array:
 
 
 def _dividing(size: int, most: int) -> int:
-    """Returns the largest divisor of a size up to ``most``; ``most`` itself if only a fourth is left."""
+    """Returns the largest divisor of a size up to ``most``; ``most`` if only a fourth is left."""
     most = max(1, min(size, most))
     return next((d for d in range(most, most // 4, -1) if size % d == 0), most)

@@ -1,9 +1,9 @@
 r"""Arrays in 8 or 4 bits: codes of the array's own shape, and a float32 scale for each block.
 
 A block is a tile of at most ``block_size`` values of the last two axes, mostly neighbours along the
-last, see :func:`galore_jax.blocks.block_shape`. Axes before these are never joined: slicing and mapping a stack of
-matrices does the same to codes and scales. The scale of a block is its largest magnitude, and a
-code stands for a value of its encoding times that:
+last, see ``galore_jax.blocks.block_shape``. Axes before these are never joined: slicing and mapping
+a stack of matrices does the same to codes and scales. The scale of a block is its largest
+magnitude, and a code stands for a value of its encoding times that:
 
 =============  =====  ======================================================================
 encoding       codes  values
@@ -21,9 +21,9 @@ magnitude of the block: the finest reaches down by a factor of 2**4, the coarses
 six bits of the scale say which (a scale is then off by at most 8e-6 of itself). Values are found,
 and codes decoded, by arithmetic on the bits of floats: no table is searched or gathered from.
 
-``adaptive_root`` encodes the square root: a second moment enters Adam under a root, so that is where
-its precision is wanted. Zero, and zero alone, has its code zero. ``adaptive`` rounds what is smaller
-than its smallest value to zero or to that value.
+``adaptive_root`` encodes the square root: a second moment enters Adam under a root, so that is
+where its precision is wanted. Zero, and zero alone, has its code zero. ``adaptive`` rounds what is
+smaller than its smallest value to zero or to that value.
 """
 
 from collections.abc import Iterable, Sequence
@@ -59,8 +59,8 @@ class Quantized(NamedTuple):
 
     Attributes:
       codes: of the array's shape; int8, uint8 or int4.
-      scales: float32; of the array's shape with the last two axes divided by :func:`galore_jax.blocks.block_shape`,
-        rounded up.
+      scales: float32; of the array's shape with the last two axes divided by
+        ``galore_jax.blocks.block_shape``, rounded up.
       encoding: what the codes stand for.
       block_size: the most values that share a scale.
     """
@@ -99,7 +99,7 @@ def is_quantized(node: Any) -> bool:
 
 
 def code_dtype(encoding: Encoding) -> Any:
-    """The dtype of an encoding's codes.
+    """Returns the dtype of an encoding's codes.
 
     Raises:
       ValueError: no encoding of that name.
@@ -227,7 +227,7 @@ def quantized_zeros(
     encoding: Encoding,
     block_size: int = BLOCK_SIZE,
 ) -> Quantized:
-    """Returns zeros, sharded as the given axes of a leaf, see :func:`galore_jax.sharding.zeros_beside`.
+    """Returns zeros, sharded as the given axes of a leaf, see ``galore_jax.sharding.zeros_beside``.
 
     >>> import jax.numpy as jnp
     >>> quantized_zeros(jnp.ones((8, 600)), (0, 1), (8, 600), "adaptive").scales.shape
@@ -273,7 +273,7 @@ def dequantize(quantized: Quantized) -> jax.Array:
 
 
 def dequantize_tree(tree: Any) -> Any:
-    """The tree with float32 arrays for the quantised ones; the others are as they were.
+    """Returns the tree with float32 arrays for the quantised ones and the others as they were.
 
     >>> import jax.numpy as jnp
     >>> dequantize_tree([quantize(jnp.ones(2), "int8"), 3])
@@ -285,7 +285,7 @@ def dequantize_tree(tree: Any) -> Any:
 
 
 def quantize_like(old: Any, new: Any) -> Any:
-    """A tree of arrays, quantised (to nearest) where that of the same structure before it is.
+    """Returns a tree of arrays, quantised (to nearest) where the old tree of its structure is.
 
     >>> import jax.numpy as jnp
     >>> quantize_like(quantize(jnp.ones(2), "int8"), jnp.ones(2)).codes.tolist()
