@@ -22,7 +22,8 @@ def test_no_period_resonates(share):
 
 @pytest.mark.parametrize("period", [377, 987, 1597])
 def test_a_weight_updated_once_in_a_while_moves_by_its_updates(period):
-    step = jax.jit(lambda weights, count: apply_updates(weights, 0.3 * 2.0**-7, count))
+    update = jnp.full(VALUES, 0.3 * 2.0**-7)
+    step = jax.jit(lambda weights, count: apply_updates(weights, update, count))
     weights = jnp.ones(VALUES, jnp.bfloat16)
     for i in range(60):
         weights = step(weights, 777 + period * i)
