@@ -92,8 +92,8 @@ def test_follows_adam_where_values_in_a_block_differ_by_decades(name):
     theirs_largest, theirs_error = BITSANDBYTES[name]
     assert largest.max() < 2 * exact_largest.max()
     assert largest.max() < 1.3 * theirs_largest
-    assert error.max() < 0.3
-    assert error.mean() < theirs_error / 3
+    assert error.max() < 0.22  # bitsandbytes: 0.72 to 0.93
+    assert error.mean() < min(0.18, theirs_error / 3)
 
 
 def test_learns_from_a_gradient_of_low_rank_in_galore():
