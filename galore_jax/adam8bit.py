@@ -40,9 +40,9 @@ def scale_by_adam8bit(
 
     - The second moment is encoded under its root. It never becomes zero by rounding.
     - The codes of a block reach down to its smallest second moment
-      (:mod:`galore_jax.quantization`, ``adaptive``), and those of the first moment as far. A first
+      (``galore_jax.quantization``, ``adaptive``), and those of the first moment as far. A first
       moment that is too small for a code is then much smaller than the root of its second.
-    - Rounding is dithered, by :func:`galore_jax.rounding.dithering`, a function of the step count
+    - Rounding is dithered, by ``galore_jax.rounding.dithering``, a function of the step count
       alone. It rounds both moments of a value up together, which keeps their ratio.
 
     Args:
@@ -52,7 +52,7 @@ def scale_by_adam8bit(
 
     Returns:
       A transformation with an ``optax.ScaleByAdamState``, whose ``mu`` and ``nu`` hold a
-      :class:`~galore_jax.quantization.Quantized` for each leaf that is not small. Updates have the
+      ``Quantized`` for each leaf that is not small. Updates have the
       gradients' dtypes.
 
     Raises:
@@ -147,11 +147,11 @@ def adamw8bit(
     min_8bit_size: int = 4096,
     nesterov: bool = False,
 ) -> optax.GradientTransformationExtraArgs:
-    """``optax.adamw`` with 8-bit moments, see :func:`scale_by_adam8bit`.
+    """``optax.adamw`` with 8-bit moments, see ``scale_by_adam8bit``.
 
     Args:
       learning_rate, b1, b2, eps, eps_root, weight_decay, mask, nesterov: see ``optax.adamw``.
-      block_size, min_8bit_size: see :func:`scale_by_adam8bit`. For ``optax.inject_hyperparams``
+      block_size, min_8bit_size: see ``scale_by_adam8bit``. For ``optax.inject_hyperparams``
         name both in ``static_args``.
 
     >>> import jax.numpy as jnp

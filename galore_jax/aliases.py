@@ -45,27 +45,25 @@ def galore_adamw(
 
     ``galore_torch.GaLoreAdamW`` has other defaults, and another order:
 
-    ============================  ==========================  ==================================
-    \                              here, as in Optax           galore_torch
-    ============================  ==========================  ==================================
-    ``eps``                       1e-8                        1e-6
-    ``eps`` is added              after the bias correction   before it
-    the weight that is decayed    as before the update        as after it
-    ============================  ==========================  ==================================
+    | | here, as in Optax | galore_torch |
+    |---|---|---|
+    | ``eps`` | 1e-8 | 1e-6 |
+    | ``eps`` is added | after the bias correction | before it |
+    | the weight that is decayed | as before the update | as after it |
 
     Args:
       learning_rate: a float or an Optax schedule.
-      rank: see :func:`galore_jax.galore`.
+      rank: see ``galore_jax.galore``.
       b1, b2, eps, weight_decay, mask: see ``optax.adamw``.
       galore_torch_order: whether ``eps`` and the decay go where ``galore_torch`` has them.
-      galore_options: see :class:`galore_jax.options.GaLoreOptions`.
+      galore_options: see ``galore_jax.options.GaLoreOptions``.
 
     Returns:
-      A gradient transformation with a :class:`galore_jax.GaLoreState`; in ``galore_torch_order``
+      A gradient transformation with a ``galore_jax.GaLoreState``; in ``galore_torch_order``
       with a ``weight_decay`` the first link of a chain.
 
     Raises:
-      TypeError, ValueError: see :func:`galore`.
+      TypeError, ValueError: see ``galore``.
 
     >>> import jax.numpy as jnp
     >>> from galore_jax import galore_adamw
@@ -111,16 +109,16 @@ def galore_adamw8bit(
 
     Args:
       learning_rate: a float or an Optax schedule.
-      rank: see :func:`galore_jax.galore`.
+      rank: see ``galore_jax.galore``.
       b1, b2, eps, weight_decay, mask, block_size, min_8bit_size: see
-        :func:`galore_jax.adam8bit.adamw8bit`.
-      galore_options: see :class:`galore_jax.options.GaLoreOptions`.
+        ``galore_jax.adam8bit.adamw8bit``.
+      galore_options: see ``galore_jax.options.GaLoreOptions``.
 
     Returns:
-      A gradient transformation with a :class:`galore_jax.GaLoreState`.
+      A gradient transformation with a ``galore_jax.GaLoreState``.
 
     Raises:
-      TypeError, ValueError: see :func:`galore` and :func:`galore_jax.adam8bit.scale_by_adam8bit`.
+      TypeError, ValueError: see ``galore`` and ``galore_jax.adam8bit.scale_by_adam8bit``.
 
     >>> import jax.numpy as jnp
     >>> from galore_jax import galore_adamw8bit
@@ -170,7 +168,7 @@ def galore_adafactor(
 
     Args:
       learning_rate: a float or an Optax schedule.
-      rank: see :func:`galore_jax.galore`.
+      rank: see ``galore_jax.galore``.
       b1: of a momentum on the updates (the reference's ``beta1``); None has none.
       decay_rate: the second moment's at update t is ``1 - t**-decay_rate`` (the reference
         writes -0.8).
@@ -181,14 +179,14 @@ def galore_adafactor(
       weight_decay, mask: decoupled, see ``optax.adamw``.
       galore_torch_order: whether the decay is a link of its own, on the weight as before the update
         as in ``galore_torch``; False gives the same up to rounding.
-      galore_options: see :class:`galore_jax.options.GaLoreOptions`.
+      galore_options: see ``galore_jax.options.GaLoreOptions``.
 
     Returns:
-      A gradient transformation with a :class:`galore_jax.GaLoreState`; in ``galore_torch_order``
+      A gradient transformation with a ``galore_jax.GaLoreState``; in ``galore_torch_order``
       with a ``weight_decay`` the first link of a chain.
 
     Raises:
-      TypeError, ValueError: see :func:`galore`.
+      TypeError, ValueError: see ``galore``.
 
     References:
       Shazeer and Stern, Adafactor, 2018, https://arxiv.org/abs/1804.04235

@@ -14,14 +14,14 @@ class BareGaLore(optax.GradientTransformationExtraArgs):
 
     Attributes:
       wrap: a function that gives it one.
-      refresh: see :class:`galore_jax.galore.GaLore`.
+      refresh: see ``galore_jax.galore.GaLore``.
     """
 
     wrap: Wrap
     refresh: Callable[..., Any]
 
 
-def bare_galore(wrap: Wrap) -> BareGaLore:
+def bare_galore(wrap: Wrap) -> Any:
     """Makes a ``galore`` without an optimizer, which warns once in Optax's own ``chain``."""
     alone: Any = wrap(optax.identity())
     warned = False

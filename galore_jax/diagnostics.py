@@ -1,6 +1,6 @@
 """Measures of projectors and gradients: captured energy, overlap of bases, stable rank.
 
-Leading axes of every argument are a stack, as in :mod:`galore_jax.projectors`, and broadcast. Everything
+Leading axes of every argument are a stack, as in ``galore_jax.projectors``, and broadcast. All
 is computed in float32 (float64 for float64) and may be inside ``jax.jit``. What is not finite gives
 NaN. For each projected matrix of a model whose kernels are matrices or stacks of them:
 
@@ -25,9 +25,8 @@ def captured_energy(
 ) -> jax.Array:
     r"""The part of a gradient's squared Frobenius norm that lies in the subspace of a basis.
 
-    .. math::
-      \|P^\top G\|_F^2 / \|G\|_F^2, \qquad \|G Q\|_F^2 / \|G\|_F^2, \qquad
-      \|P^\top G Q\|_F^2 / \|G\|_F^2
+    $$\|P^\top G\|_F^2 / \|G\|_F^2, \qquad \|G Q\|_F^2 / \|G\|_F^2, \qquad
+    \|P^\top G Q\|_F^2 / \|G\|_F^2$$
 
     for the left, the right and both sides. No basis of r vectors captures more than the top r
     singular vectors do, the sum of whose squared singular values it then is (Eckart & Young 1936).
@@ -35,7 +34,7 @@ def captured_energy(
     Args:
       gradient: (..., m, n), of any float dtype.
       projector: orthonormal columns, (..., m, r) or (..., n, r), or a
-        :class:`~galore_jax.projection.TwoSided` of the two; as in ``GaLoreState.projector``.
+        ``TwoSided`` of the two; as in ``GaLoreState.projector``.
       side: ``"left"``, ``"right"`` or ``"both"``; None takes ``"both"`` for a ``TwoSided`` and else
         the side whose length is the projector's, the left one if both are.
 
@@ -66,12 +65,11 @@ def captured_energy(
 def overlap(a: jax.Array, b: jax.Array) -> jax.Array:
     r"""How much of the smaller of two subspaces lies in the other, from 0 to 1.
 
-    .. math::
-      \|A^\top B\|_F^2 / \min(r_a, r_b)
+    $$\|A^\top B\|_F^2 / \min(r_a, r_b)$$
 
-    The singular values of :math:`A^\top B` are the cosines of the principal angles between the two
+    The singular values of $A^\top B$ are the cosines of the principal angles between the two
     subspaces (Björck & Golub 1973), so this is the mean of their squares: 1 where one subspace
-    contains the other, 0 where they are orthogonal, about :math:`\max(r_a, r_b) / k` for two
+    contains the other, 0 where they are orthogonal, about $\max(r_a, r_b) / k$ for two
     random ones.
 
     Args:
@@ -82,7 +80,7 @@ def overlap(a: jax.Array, b: jax.Array) -> jax.Array:
       (...) float32, at most 1.
 
     Raises:
-      TypeError: a :class:`~galore_jax.projection.TwoSided`, whose sides are to be compared one by
+      TypeError: a ``TwoSided``, whose sides are to be compared one by
         one.
       ValueError: bases of spaces of different dimension, or stacks that do not broadcast.
 
@@ -107,8 +105,7 @@ def overlap(a: jax.Array, b: jax.Array) -> jax.Array:
 def stable_rank(gradient: jax.Array) -> jax.Array:
     r"""How many directions a gradient's energy is spread over, at least in effect.
 
-    .. math::
-      \|G\|_F^2 / \|G\|_2^2
+    $$\|G\|_F^2 / \|G\|_2^2$$
 
     the sum of the squared singular values over the largest of them (Rudelson & Vershynin 2007):
     never more than the rank, and unlike it little changed by small perturbations.

@@ -21,7 +21,6 @@ from galore_jax.projection import (
     warn_without_first_moments,
 )
 from galore_jax.projectors import ProjectorMethod, refresh_leaves
-from galore_jax.quantization import is_quantized
 from galore_jax.sharding import in_auto_mode, zeros_beside
 from galore_jax.weight_copies import find_copies
 from galore_jax.weight_decay import bring_back, update_and_decay
@@ -29,6 +28,7 @@ from galore_jax.weights import (
     MatrixSpec,
     Patterns,
     Rank,
+    check_fit,
     low_rank_gradient,
     matrix_specs,
     on_matrices,
@@ -36,13 +36,13 @@ from galore_jax.weights import (
 
 
 class GaLoreState(NamedTuple):
-    """State of :func:`galore_jax.galore`.
+    """State of ``galore_jax.galore``.
 
     Attributes:
       count: number of updates so far, () int32.
       projector: the params' tree; P of each projected leaf in ``projector_dtype``, or as a
-        :class:`~galore_jax.quantization.Quantized` with ``projector_bits``
-        (shapes: :mod:`galore_jax.projection`), ``optax.MaskedNode()`` for the other leaves.
+        ``Quantized`` with ``projector_bits``
+        (shapes: ``galore_jax.projection``), ``optax.MaskedNode()`` for the other leaves.
       inner_state: state of the wrapped optimizer, built on low-rank proxies of the projected
         leaves (the shape of R, the leaf's dtype).
     """
@@ -53,7 +53,7 @@ class GaLoreState(NamedTuple):
 
 
 class GaLore(optax.GradientTransformationExtraArgs):
-    """The transformation that :func:`galore` returns: ``init``, ``update`` and one function more.
+    """The transformation that ``galore`` returns: ``init``, ``update`` and one function more.
 
     Attributes:
       refresh: a function of (gradients, state, params=None) that returns the state with new
@@ -83,13 +83,12 @@ def galore(
     r"""Trains whole matrices while the optimizer sees, and keeps, only low-rank projections.
 
     For each selected matrix W with gradient G (Zhao et al. 2024, Algorithm 2), at updates
-    0, T, 2T, ... (``T = update_proj_gap``) the projector P becomes the top ``rank`` singular vectors
-    of G, by default on the smaller side, computed in float32; between them it is constant. Then
+    0, T, 2T, ... (``T = update_proj_gap``) the projector P becomes the top ``rank`` singular
+    vectors of G, by default on the smaller side, in float32; between them it is constant. Then
 
-    .. math::
-      R = P^\top G, \qquad N = \mathrm{optimizer}(R), \qquad \Delta W = \mathrm{scale} \cdot P N
+    $$R = P^\top G, \qquad N = \mathrm{optimizer}(R), \qquad \Delta W = \mathrm{scale} \cdot P N$$
 
-    (the other sides: :mod:`galore_jax.projection`). Moments are neither reset nor rotated at a
+    (the other sides: ``galore_jax.projection``). Moments are neither reset nor rotated at a
     refresh, as published, unless ``rotate_moments`` is set. Leaves that are not selected go to the
     same optimizer unchanged. A gradient that is zero, or has a NaN or an infinity, at a refresh
     leaves that matrix's projector as it was.
@@ -97,41 +96,41 @@ def galore(
     An optimizer that reads params sees ``P^T W``. Decoupled weight decay is nevertheless that of
     the whole weight, ``-lr * weight_decay * W``, and is not multiplied by ``scale``. Copies of the
     weights in an optimizer's state (schedule_free, prodigy, dog) follow the projector, see
-    :mod:`galore_jax.weight_copies`.
+    ``galore_jax.weight_copies``.
 
     Args:
       optimizer: any Optax optimizer, its learning rate included. None gives a bare ``galore`` for
-        :func:`galore_jax.chain`, which wraps all that follows it there. In ``optax.chain`` a bare
+        ``galore_jax.chain``, which wraps all that follows it there. In ``optax.chain`` a bare
         one cannot shrink the state of its successors: it only emits ``scale * P P^T G``, and warns.
       rank: rank of the projection, at least 1; a smaller matrix takes ``min(rank, m, n)``. Or a
         function of a leaf's path and the leaf; None from it leaves the leaf alone.
       update_proj_gap: updates between two refreshes, at least 1.
       scale: factor on the updates of projected leaves (the paper's alpha), greater than 0.
       proj_type: ``"std"`` (the smaller side), ``"reverse_std"`` (the larger), ``"left"``,
-        ``"right"`` or ``"full"`` (both), see :func:`galore_jax.projection.projected_side`.
-      target_modules: which leaves are projected, see :func:`galore_jax.weights.projection_mask`.
+        ``"right"`` or ``"full"`` (both), see ``galore_jax.projection.projected_side``.
+      target_modules: which leaves are projected, see ``galore_jax.weights.projection_mask``.
       weight_dimension_numbers: which axes of a leaf are its matrix, see
-        :func:`galore_jax.weights.matrix_specs`.
+        ``galore_jax.weights.matrix_specs``.
       stacked_modules: regular expressions on the paths of leaves whose first axis indexes layers
         (as for ``jax.lax.scan``): the optimizer takes them a layer at a time, those that are not
-        projected too, see :func:`galore_jax.per_layer.per_layer`.
+        projected too, see ``galore_jax.per_layer.per_layer``.
       projector: how P is computed: ``"svd"``, ``"eigh"``, ``"subspace_iteration"``,
-        ``"randomized"`` or ``"random"``, see :mod:`galore_jax.projectors`.
+        ``"randomized"`` or ``"random"``, see ``galore_jax.projectors``.
       power_iterations: rounds of the iterated methods at a refresh, at least 1.
-      rotate_moments: whether first moments (fields named ``mu``, ``trace`` or ``ema``) turn with the
+      rotate_moments: whether first moments (fields ``mu``, ``trace`` or ``ema``) turn with the
         projector at a refresh: ``M <- (P_new^T P_old) M``. Warns where there are none.
       projector_dtype: dtype of the stored projectors; None takes each leaf's.
       projector_bits: 8 or 4 to store them as block-wise integers instead, with a float32 scale for
-        every 256 values, see :mod:`galore_jax.quantization`; products with them are in float32.
+        every 256 values, see ``galore_jax.quantization``; products with them are in float32.
       seed: seed of the projectors' random parts.
 
     Returns:
-      A :class:`GaLore` transformation with a :class:`GaLoreState`. Its ``update`` takes
+      A ``GaLore`` transformation with a ``GaLoreState``. Its ``update`` takes
       ``refresh``, a bool or a traced () bool that overrides the schedule for that call (a Python
       bool compiles without the other case); other extra arguments are passed on to the optimizer.
       The first update always needs a refresh: with a traced False it makes one, with a Python
       False it raises, or gives NaN where the state is traced. With ``refresh=False`` gradients may
-      come projected, from :func:`galore_jax.projected_value_and_grad`.
+      come projected, from ``galore_jax.projected_value_and_grad``.
 
     Raises:
       TypeError: an argument of the wrong type.
@@ -174,7 +173,7 @@ def galore(
         seed=seed,
     )
     wrap = functools.partial(_wrap, options=options)
-    return bare_galore(wrap) if optimizer is None else wrap(optimizer)
+    return wrap(optimizer) if optimizer is not None else bare_galore(wrap)
 
 
 def _wrap(optimizer: optax.GradientTransformation, options: CheckedOptions) -> GaLore:
@@ -200,7 +199,7 @@ def _wrap(optimizer: optax.GradientTransformation, options: CheckedOptions) -> G
         )
         projectors = jax.tree.map(options.no_projector, params, specs)
         inner = per_matrix(proxies, specs)
-        find_copies(inner.init, proxies, specs)  # raises where the state could not follow
+        find_copies(optimizer.init, proxies, specs)  # raises where the state could not follow
         inner_state = inner.init(proxies)
         if options.rotate_moments and jax.tree.leaves(projectors):
             warn_without_first_moments(inner_state)
@@ -227,12 +226,12 @@ def _wrap(optimizer: optax.GradientTransformation, options: CheckedOptions) -> G
 
     def refresh(gradients: Any, state: Any, params: Any = None) -> GaLoreState:
         specs = find_specs(gradients, must_match=False)
-        _check_fit(specs, gradients, state.projector)
+        check_fit(specs, gradients, state.projector)
         _is_due(jnp.bool_(True), options.update_proj_gap, gradients, state)
         stored, inner_state = new_projectors(True, gradients, state, specs)
         low = on_matrices(low_rank_gradient, specs, gradients, dense(stored))
         inner, both = per_matrix(low, specs), (dense(state.projector), dense(stored))
-        if copies := find_copies(inner.init, low, specs):
+        if copies := find_copies(optimizer.init, low, specs):
             _, inner_state = copies.follow(
                 inner.init, inner_state, params, both, specs, options.scale, state.count
             )
@@ -247,7 +246,7 @@ def _wrap(optimizer: optax.GradientTransformation, options: CheckedOptions) -> G
         **extra_args: Any,
     ) -> tuple[optax.Updates, GaLoreState]:
         specs = find_specs(updates, must_match=False)
-        _check_fit(specs, updates, state.projector)
+        check_fit(specs, updates, state.projector)
         due = _is_due(refresh, options.update_proj_gap, updates, state)
 
         # P, at updates 0, T, 2T, ... new from G
@@ -259,7 +258,7 @@ def _wrap(optimizer: optax.GradientTransformation, options: CheckedOptions) -> G
 
         # N = optimizer(R), which sees P^T W
         inner = per_matrix(low, specs)
-        copies = find_copies(inner.init, low, specs)
+        copies = find_copies(optimizer.init, low, specs)
         low_params = params
         if copies:
             both = (dense(state.projector), projectors)
@@ -320,35 +319,6 @@ def _is_due(refresh: Any, update_proj_gap: Any, updates: Any, state: Any) -> Any
                 "(update 0, 0 % update_proj_gap == 0) needs refresh=True and full gradients"
             )
     return due
-
-
-def _check_fit(specs: Any, updates: Any, projectors: Any) -> None:
-    """Raises if gradients or projectors are not as these settings have them."""
-
-    def check(gradient: Any, spec: MatrixSpec | None, projector: Any) -> None:
-        expected = optax.MaskedNode() if spec is None else spec.projector_shape
-        found = jax.tree.map(jnp.shape, projector, is_leaf=is_quantized)
-        if found != expected:
-            raise ValueError(
-                "the state was made with another rank, proj_type or choice of leaves: its "
-                f"projector is {found} where these settings have {expected}"
-            )
-        if not is_projected_gradient(gradient):
-            return
-        wanted = spec and (spec.low_shape, spec.side)
-        if (jnp.shape(gradient.low_rank), gradient.side) != wanted:
-            raise ValueError(
-                f"a gradient of shape {gradient.shape} comes projected on the side "
-                f"{gradient.side!r} to {jnp.shape(gradient.low_rank)}, where these settings "
-                f"have {wanted or 'no projection'}"
-            )
-        if spec is not None and not spec.is_kernel:
-            raise ValueError(
-                f"a gradient of shape {gradient.shape} comes projected as a kernel's of its last "
-                "two axes, and weight_dimension_numbers names others: leave it out of kernels=..."
-            )
-
-    jax.tree.map(check, updates, specs, projectors, is_leaf=is_projected_gradient)
 
 
 def _scale_if_set(scale: Any, due: Any, spec: MatrixSpec, step: jax.Array, stored: Any) -> Any:

@@ -16,8 +16,7 @@ def scale_by_galore_torch_adam(
 ) -> optax.GradientTransformation:
     r"""Adam with ``eps`` added before the bias correction (``galore_torch/adamw.py``).
 
-    .. math::
-      u_t = \frac{\sqrt{1 - b_2^t}}{1 - b_1^t} \cdot \frac{m_t}{\sqrt{v_t} + \mathrm{eps}}
+    $$u_t = \frac{\sqrt{1 - b_2^t}}{1 - b_1^t} \cdot \frac{m_t}{\sqrt{v_t} + \mathrm{eps}}$$
 
     where ``optax.scale_by_adam`` adds it after. Moments have the shape and dtype of the params.
 

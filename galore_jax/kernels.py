@@ -1,16 +1,14 @@
 r"""Products with kernels, and with stand-ins that say themselves how they multiply.
 
-A model multiplies by :func:`linear`. In a kernel's place among its params may be a
-:class:`ProjectedKernel`, whose gradient is born projected: for ``y = x W`` the weight's gradient is
-:math:`x^\top dy`, and GaLore needs only its projection R, which need not go by way of it:
+A model multiplies by ``linear``. In a kernel's place among its params may be a
+``ProjectedKernel``, whose gradient is born projected: for ``y = x W`` the weight's gradient is
+$x^\top dy$, and GaLore needs only its projection R, which need not go by way of it:
 
-=====  ============================  ========================
-side   low-rank gradient R           products, T tokens
-=====  ============================  ========================
-left   :math:`(x P)^\top dy`         ``2 T r (m + n)`` FLOPs
-right  :math:`x^\top (dy\, P)`       ``2 T r (m + n)``
-both   :math:`(x P)^\top (dy\, Q)`   ``2 T r (m + n + r)``
-=====  ============================  ========================
+| side | low-rank gradient R | products, T tokens |
+|---|---|---|
+| left | $(x P)^\top dy$ | ``2 T r (m + n)`` FLOPs |
+| right | $x^\top (dy\, P)$ | ``2 T r (m + n)`` |
+| both | $(x P)^\top (dy\, Q)$ | ``2 T r (m + n + r)`` |
 
 in place of ``2 T m n``. No array of the kernel's size is made on the way. It is the projection of
 Zhao et al. 2024 (arXiv:2403.03507), section 3, moved past the sum over the tokens.
@@ -37,7 +35,7 @@ class KernelStandIn(Protocol):
 
 
 def linear(x: jax.Array, kernel: Any, out_dtype: jax.typing.DTypeLike | None = None) -> jax.Array:
-    """Computes ``x @ kernel``, for an array or a :class:`KernelStandIn`.
+    """Computes ``x @ kernel``, for an array or a ``KernelStandIn``.
 
     Args:
       x: ``(..., m)``; its dtype is the dtype of the product's operands, forward and backward.
@@ -67,15 +65,15 @@ def linear(x: jax.Array, kernel: Any, out_dtype: jax.typing.DTypeLike | None = N
 )
 @dataclasses.dataclass(frozen=True)
 class ProjectedKernel:
-    r"""A kernel with a low-rank variable Z of zeros, :math:`W + P Z`.
+    r"""A kernel with a low-rank variable Z of zeros, $W + P Z$.
 
     The derivative with respect to Z is the projected gradient, and so is every higher one. The
     kernel itself counts as a constant.
 
     Attributes:
       kernel: (..., m, n).
-      projector: P, as it is stored (shapes: :mod:`galore_jax.projection`).
-      gradient: a :class:`~galore_jax.projection.ProjectedGradient` of zeros, the variable Z.
+      projector: P, as it is stored (shapes: ``galore_jax.projection``).
+      gradient: a ``ProjectedGradient`` of zeros, the variable Z.
     """
 
     kernel: Any
@@ -90,7 +88,7 @@ class ProjectedKernel:
 
 
 def is_projected_kernel(node: Any) -> bool:
-    """Tells whether a node of a tree is a :class:`ProjectedKernel`, for ``is_leaf``.
+    """Tells whether a node of a tree is a ``ProjectedKernel``, for ``is_leaf``.
 
     >>> is_projected_kernel({})
     False
@@ -106,8 +104,8 @@ def detached(kernel: Any) -> Any:
     """
     if not is_projected_kernel(kernel):
         return kernel
-    kernel, projector = jax.lax.stop_gradient((kernel.kernel, kernel.projector)), kernel.gradient
-    return ProjectedKernel(*kernel, projector)
+    weights, projector = jax.lax.stop_gradient((kernel.kernel, kernel.projector))
+    return dataclasses.replace(kernel, kernel=weights, projector=projector)
 
 
 def _product(x: jax.Array, kernel: jax.Array, out_dtype: Any) -> jax.Array:
@@ -127,8 +125,8 @@ def _projected_product(
 
 
 def _product_forward(side, out_dtype, x, kernel, projector, variable):
-    del side
-    return _product(x, kernel, out_dtype), (x, kernel, projector, variable)
+    saved = x, kernel, projector, variable
+    return _projected_product(side, out_dtype, *saved), saved  # a derivative of this comes here too
 
 
 def _product_backward(side, out_dtype, saved, dy):
@@ -151,12 +149,8 @@ def _transposed_product(
 
 
 def _transposed_forward(side, dy, kernel, projector, variable):
-    return _transposed_product(side, dy, kernel, projector, variable), (
-        dy,
-        kernel,
-        projector,
-        variable,
-    )
+    saved = dy, kernel, projector, variable
+    return _transposed_product(side, *saved), saved
 
 
 def _transposed_backward(side, saved, dx):
@@ -183,14 +177,21 @@ def _varying_as(x: jax.Array, tree: Any) -> Any:
 
     The transpose of that is the sum over these axes, as for any product with replicated weights.
     """
-    axes = getattr(jax.typeof(x), "vma", frozenset())
+    axes = _varying_axes(x)
 
     def vary(leaf: jax.Array) -> jax.Array:
-        more = tuple(axes - getattr(jax.typeof(leaf), "vma", frozenset()))
+        more = tuple(axes - _varying_axes(leaf))
         if not more:
             return leaf
         if hasattr(jax.lax, "pcast"):
             return jax.lax.pcast(leaf, more, to="varying")
-        return jax.lax.pvary(leaf, more)  # before jax 0.8
+        return getattr(jax.lax, "pvary")(leaf, more)  # noqa: B009  # before jax 0.8
 
     return jax.tree.map(vary, tree) if axes else tree
+
+
+def _varying_axes(x: jax.Array) -> frozenset[Any]:
+    kind: Any = jax.typeof(x)
+    return (
+        kind.vma if hasattr(kind, "vma") else kind.manual_axis_type.varying
+    )  # vma before jax 0.10

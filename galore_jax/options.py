@@ -1,4 +1,4 @@
-"""The options of :func:`galore_jax.galore`, checked."""
+"""The options of ``galore_jax.galore``, checked."""
 
 import dataclasses
 import difflib
@@ -20,7 +20,7 @@ from galore_jax.weights import MatrixSpec, Patterns, Rank, path_filter
 
 
 class GaLoreOptions(TypedDict, total=False):
-    """Keyword arguments that the aliases pass on to :func:`galore_jax.galore`, which says more.
+    """Keyword arguments that the aliases pass on to ``galore_jax.galore``, which says more.
 
     Attributes:
       update_proj_gap: updates between two refreshes; 200.
@@ -54,7 +54,7 @@ class GaLoreOptions(TypedDict, total=False):
 
 @dataclasses.dataclass(frozen=True)
 class CheckedOptions:
-    """All options of a ``galore``; :func:`galore_jax.galore` says what each means.
+    """All options of a ``galore``; ``galore_jax.galore`` says what each means.
 
     Raises:
       TypeError, ValueError: an option of the wrong type, or out of its range.

@@ -6,11 +6,14 @@ reaches another.
 """
 
 import functools
+from collections.abc import Callable
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import optax
+from jax.core import Tracer
+from jax.extend.core import jaxpr_as_fun
 
 from galore_jax.weights import Patterns, leaf_path, path_filter
 
@@ -18,7 +21,7 @@ from galore_jax.weights import Patterns, leaf_path, path_filter
 def per_layer(
     optimizer: optax.GradientTransformation, stacked_modules: Patterns
 ) -> optax.GradientTransformationExtraArgs:
-    """Runs an optimizer on each layer of stacked leaves, see :func:`over_stacks`.
+    """Runs an optimizer on each layer of stacked leaves, see ``over_stacks``.
 
     Args:
       optimizer: the optimizer.
@@ -95,7 +98,7 @@ def over_stacks(
         state = jax.eval_shape(optimizer.init, one)
         owners = _owners(optimizer, state, depths)
         on_stacks = _over_leaves(optimizer.init, depths, owners)
-        if not _keeps_leaves_apart(on_stacks, params):
+        if _traced(on_stacks, params) is None:
             return optimizer.init(params)
         # Zeros made on the stacks themselves are sharded as these are.
         plain = jax.eval_shape(optimizer.init, params)
@@ -111,8 +114,8 @@ def over_stacks(
         owners = _owners(optimizer, state, depths)
         one = functools.partial(optimizer.update, **extra_args)
         on_stacks = _over_leaves(one, depths, owners, is_update=True, has_params=params is not None)
-        if _keeps_leaves_apart(on_stacks, updates, state, params):
-            return on_stacks(updates, state, params)
+        if traced := _traced(on_stacks, updates, state, params):
+            return traced()
         plain = jax.eval_shape(optimizer.init, updates)
         if _types(plain) != _types(state):
             raise ValueError(
@@ -156,7 +159,7 @@ def is_leafwise(
     )
     doubled = jax.tree.map(lambda x: twice(x, True), params)
     state = jax.tree.map(lambda x, owner: twice(x, owner >= 0), state, owners)
-    return _keeps_leaves_apart(update, doubled, state, doubled)
+    return _traced(update, doubled, state, doubled) is not None
 
 
 def layer_axes(optimizer: optax.GradientTransformation, state: optax.OptState, depths: Any) -> Any:
@@ -243,17 +246,22 @@ def _over_leaves(
     return fn
 
 
-def _keeps_leaves_apart(update: Any, *arguments: Any) -> bool:
+def _traced(fn: Any, *arguments: Any) -> Callable[[], Any] | None:
+    """A call of ``fn``; None if it lets leaves depend on one another, or draws random numbers."""
     try:
-        program = jax.make_jaxpr(update)(*arguments)
+        program, out = jax.make_jaxpr(fn, return_shape=True)(*arguments)
     except ValueError as error:
         # As jax.vmap has it of a result that should not, but does, depend on what it maps over.
         if "output was batched" not in str(error):
             raise
-        return False
+        return None
     # Under a vmap every layer would draw the same numbers.
-    text = str(program)
-    return "random_" not in text and "threefry" not in text
+    text, leaves = str(program), jax.tree.leaves(arguments)
+    if "random_" in text or "threefry" in text:
+        return None
+    if not any(isinstance(leaf, Tracer) for leaf in leaves):
+        return lambda: fn(*arguments)  # a new program would be compiled anew at each eager call
+    return lambda: jax.tree.unflatten(jax.tree.structure(out), jaxpr_as_fun(program)(*leaves))
 
 
 def _types(tree: Any) -> Any:

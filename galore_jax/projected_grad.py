@@ -1,4 +1,4 @@
-"""Gradients that come out of the backward pass already projected, see :mod:`galore_jax.kernels`."""
+"""Gradients that come out of the backward pass already projected, see ``galore_jax.kernels``."""
 
 import warnings
 from collections.abc import Callable
@@ -39,7 +39,7 @@ def projected_value_and_grad(
 
     Args:
       loss_fn: a function of (params, ...) that multiplies with its projected kernels by
-        :func:`galore_jax.linear`, and does nothing else with them.
+        ``galore_jax.linear``, and does nothing else with them.
       proj_type: that of the ``galore`` in question.
       kernels: regular expressions on the paths of the leaves that go through ``linear``. Others
         get their full gradients, which ``galore`` projects. None: all that are projected.
@@ -48,7 +48,7 @@ def projected_value_and_grad(
     Returns:
       A function of (params, opt_state, ...), the rest as ``loss_fn`` takes it, that returns the
       loss (or loss and auxiliary data) and the gradients: a
-      :class:`~galore_jax.projection.ProjectedGradient` for each projected kernel. Second
+      ``ProjectedGradient`` for each projected kernel. Second
       derivatives inside ``loss_fn`` (a gradient penalty) are right.
 
     Raises:
@@ -81,7 +81,7 @@ def projected_value_and_grad(
     >>> losses[-1] < losses[0] / 4
     True
 
-    A Flax Linen or NNX module takes part by calling :func:`linear` on its kernel: Linen with
+    A Flax Linen or NNX module takes part by calling ``linear`` on its kernel: Linen with
     ``linear(x, self.param("kernel", init, shape))``, NNX with ``linear(x, self.kernel[...])`` on
     what ``nnx.split`` and ``nnx.to_pure_dict`` made the params.
     """
@@ -109,10 +109,10 @@ def gradient_variables(
 ) -> Any:
     """Makes the variables whose gradients ``galore`` takes; differentiate with respect to them.
 
-    Args and errors are those of :func:`projected_value_and_grad`.
+    Args and errors are those of ``projected_value_and_grad``.
 
     Returns:
-      The params' tree with a :class:`~galore_jax.projection.ProjectedGradient` of zeros in the
+      The params' tree with a ``ProjectedGradient`` of zeros in the
       place of each projected kernel.
 
     >>> import jax.numpy as jnp, optax
@@ -136,10 +136,10 @@ def gradient_variables(
 
 
 def with_variables(params: Any, opt_state: optax.OptState, variables: Any) -> Any:
-    """Puts variables of :func:`gradient_variables` where a model looks for its params.
+    """Puts variables of ``gradient_variables`` where a model looks for its params.
 
     Returns:
-      The params' tree with a :class:`~galore_jax.kernels.ProjectedKernel` for each projected
+      The params' tree with a ``ProjectedKernel`` for each projected
       kernel, and the variables in the place of the other leaves.
 
     >>> import jax.numpy as jnp, optax
@@ -168,7 +168,7 @@ def project_gradients(
 ) -> Any:
     """Projects full gradients with the projectors of a state.
 
-    Args and errors are those of :func:`projected_value_and_grad`.
+    Args and errors are those of ``projected_value_and_grad``.
 
     >>> import jax.numpy as jnp, optax
     >>> from galore_jax import galore
@@ -257,7 +257,7 @@ def _check_uses(loss_fn: Callable[[Any], Any], nodes: Any) -> None:
 
     def noted(values: list[jax.Array]) -> list[jax.Array]:
         new = structure.unflatten(replaced(arrays, floating, values))
-        kernels = [ProjectedKernel(*new[i], flat[i].gradient) for i in new]
+        kernels = [ProjectedKernel(*pair, gradient=flat[i].gradient) for i, pair in new.items()]
         out = loss_fn(treedef.unflatten(replaced(flat, list(new), kernels)))
         return [note_tangent(x, 0, found) for x in jax.tree.leaves(out) if isinstance(x, jax.Array)]
 

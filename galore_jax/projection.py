@@ -3,13 +3,11 @@
 A gradient ``G`` of shape (..., m, n) is projected onto orthonormal columns on one of its sides, or
 on both (Zhao et al. 2024, arXiv:2403.03507, section 3 and Definition 3.4):
 
-=======  ========================  ==============================  ===============
-side     projector                 low-rank gradient R             brought back
-=======  ========================  ==============================  ===============
-left     P (..., m, r)             ``P^T G``, (..., r, n)          ``P R``
-right    P (..., n, r)             ``G P``, (..., m, r)            ``R P^T``
-both     P, Q: (m, r) and (n, r)   ``P^T G Q``, (..., r, r)        ``P R Q^T``
-=======  ========================  ==============================  ===============
+| side | projector | low-rank gradient R | brought back |
+|---|---|---|---|
+| left | P (..., m, r) | ``P^T G``, (..., r, n) | ``P R`` |
+| right | P (..., n, r) | ``G P``, (..., m, r) | ``R P^T`` |
+| both | P, Q: (m, r) and (n, r) | ``P^T G Q``, (..., r, r) | ``P R Q^T`` |
 """
 
 import dataclasses
@@ -55,7 +53,7 @@ Projector = jax.Array | TwoSided
 class ProjectedGradient:
     """A gradient of which only the low-rank projection R exists, a pytree of one array.
 
-    :func:`galore_jax.galore` takes it in place of the gradient of that shape. Sums and multiples
+    ``galore_jax.galore`` takes it in place of the gradient of that shape. Sums and multiples
     of such gradients with the same projector are ``jax.tree.map`` away.
 
     Attributes:
@@ -75,7 +73,7 @@ class ProjectedGradient:
 
 
 def is_projected_gradient(node: Any) -> bool:
-    """Tells whether a node of a tree is a :class:`ProjectedGradient`, for ``is_leaf``.
+    """Tells whether a node of a tree is a ``ProjectedGradient``, for ``is_leaf``.
 
     >>> import jax.numpy as jnp
     >>> is_projected_gradient(ProjectedGradient(jnp.ones((2, 6)), (4, 6), "left"))
@@ -147,7 +145,7 @@ def projector_shape(shape: tuple[int, ...], rank: int, side: Side) -> Any:
 def empty_projector(
     shape: tuple[int, ...], rank: int, side: Side, dtype: jax.typing.DTypeLike
 ) -> Projector:
-    """Makes a projector of zeros, of the shape that :func:`projector_shape` gives.
+    """Makes a projector of zeros, of the shape that ``projector_shape`` gives.
 
     >>> empty_projector((8, 512, 1376), 128, "left", "float32").shape
     (8, 512, 128)
@@ -158,8 +156,8 @@ def empty_projector(
     return jnp.zeros(shapes, dtype)
 
 
-def dense(projector: Any) -> Projector:
-    """Decodes a stored projector, or a tree of them, if it is quantised.
+def dense(projector: Any) -> Any:
+    """Decodes the quantised arrays of a projector, or of a tree.
 
     >>> import jax.numpy as jnp
     >>> dense(jnp.eye(2)).shape

@@ -1,6 +1,7 @@
 r"""Arrays in 8 or 4 bits: codes of the array's own shape, and a float32 scale for each block.
 
 A block is a tile of at most ``block_size`` values of the last two axes, mostly neighbours along the
+<<<<<<< HEAD
 last, see ``galore_jax.blocks.block_shape``. Axes before these are never joined: slicing and mapping
 a stack of matrices does the same to codes and scales. The scale of a block is its largest
 magnitude, and a code stands for a value of its encoding times that:
@@ -24,6 +25,25 @@ and codes decoded, by arithmetic on the bits of floats: no table is searched or 
 ``adaptive_root`` encodes the square root: a second moment enters Adam under a root, so that is
 where its precision is wanted. Zero, and zero alone, has its code zero. ``adaptive`` rounds what is
 smaller than its smallest value to zero or to that value.
+=======
+last, see ``block_shape``. Axes before these are never joined: slicing and mapping a stack of
+matrices does the same to codes and scales. The scale of a block is its largest
+magnitude, and a code stands for a value of its encoding times that:
+
+| encoding | codes | values |
+|---|---|---|
+| dynamic | int8 | the signed dynamic map of Dettmers et al. 2022, arXiv:2110.02861 |
+| dynamic_unsigned | uint8 | its unsigned map |
+| dynamic_root | uint8 | squares of the unsigned map |
+| int8 | int8 | $k / 127$, $-127 \le k \le 127$ |
+| int4 | int4 | $k / 7$, $-7 \le k \le 7$ |
+
+The dynamic maps divide each decade $[10^{-d-1}, 10^{-d}]$, d from 0 to 6, evenly into
+$2^{6-d}$ bins (the unsigned one into twice as many), whose middles are their values, along
+with 0 and 1. A value is found, and a code decoded, by arithmetic: no table is searched or gathered
+from. ``dynamic_root`` encodes the square root: a second moment enters Adam under a root, so that is
+where its precision is wanted, and it reaches over 14 decades, not 7. Zero has the code zero.
+>>>>>>> main
 """
 
 from collections.abc import Iterable, Sequence
@@ -59,8 +79,13 @@ class Quantized(NamedTuple):
 
     Attributes:
       codes: of the array's shape; int8, uint8 or int4.
+<<<<<<< HEAD
       scales: float32; of the array's shape with the last two axes divided by
         ``galore_jax.blocks.block_shape``, rounded up.
+=======
+      scales: float32; of the array's shape with the last two axes divided by ``block_shape``,
+        rounded up.
+>>>>>>> main
       encoding: what the codes stand for.
       block_size: the most values that share a scale.
     """
@@ -90,7 +115,7 @@ jax.tree_util.register_pytree_with_keys(
 
 
 def is_quantized(node: Any) -> bool:
-    """Whether a node is a :class:`Quantized`, as ``is_leaf`` of ``jax.tree`` takes it.
+    """Whether a node is a ``Quantized``, as ``is_leaf`` of ``jax.tree`` takes it.
 
     >>> is_quantized(1.0)
     False
@@ -128,8 +153,13 @@ def quantize(
       block_size: values that share a scale, at least 1.
       noise: of the array's shape, uniform in [0, 1): of the two neighbouring values the upper is
         taken in proportion to nearness, so that the mean is the value itself (its root for
+<<<<<<< HEAD
         ``adaptive_root``). None rounds to nearest.
       scales: :func:`block_scales` of the array where they are known already.
+=======
+        ``dynamic_root``). None rounds to nearest.
+      scales: ``block_scales`` of the array where they are known already.
+>>>>>>> main
 
     Returns:
       The quantised array. Zeros stay zeros. A block with a value that is not finite becomes NaN.
@@ -168,15 +198,19 @@ def block_scales(
     block_size: int = BLOCK_SIZE,
     smallest: jax.Array | None = None,
 ) -> jax.Array:
+<<<<<<< HEAD
     """Returns the scales that :func:`quantize` gives an array, float32.
 
     Args:
       array, encoding, block_size: see :func:`quantize`.
       smallest: of the scales' shape, how far down in each block the values of an adaptive encoding
         have to reach; None for its :func:`smallest_magnitudes`.
+=======
+    """The scales that ``quantize`` gives an array: each block's largest magnitude, float32.
+>>>>>>> main
 
     Raises:
-      TypeError, ValueError: see :func:`quantize`.
+      TypeError, ValueError: see ``quantize``.
 
     >>> import jax.numpy as jnp
     >>> block_scales(jnp.array([0.0, -8.0, 2.0])).tolist()
@@ -227,7 +261,11 @@ def quantized_zeros(
     encoding: Encoding,
     block_size: int = BLOCK_SIZE,
 ) -> Quantized:
+<<<<<<< HEAD
     """Returns zeros, sharded as the given axes of a leaf, see ``galore_jax.sharding.zeros_beside``.
+=======
+    """Zeros, sharded as the given axes of a leaf, see ``galore_jax.sharding.zeros_beside``.
+>>>>>>> main
 
     >>> import jax.numpy as jnp
     >>> quantized_zeros(jnp.ones((8, 600)), (0, 1), (8, 600), "adaptive").scales.shape
@@ -300,9 +338,42 @@ def quantize_like(old: Any, new: Any) -> Any:
     return jax.tree.map(like, old, new, is_leaf=is_quantized)
 
 
+<<<<<<< HEAD
 def _beside(scales: jax.Array, blocks: jax.Array) -> jax.Array:
     """Returns scales in a shape that broadcasts to blocks."""
     return scales.reshape(*blocks.shape[:-3], 1, blocks.shape[-2], 1)
+=======
+def dithering(shape: tuple[int, ...], count: jax.typing.ArrayLike) -> jax.Array:
+    """Noise for ``quantize`` that sweeps [0, 1) evenly in time: a golden-ratio sequence.
+
+    Each value starts from a hash of its index, and moves by the golden ratio with the count. A
+    change too small for the code is then made once in so many updates, nearly as exactly as if the
+    remainder had been kept, with far less noise than independent random numbers have.
+
+    Args:
+      shape: of the noise.
+      count: updates so far, () int.
+
+    Returns:
+      float32 of that shape, uniform in [0, 1).
+
+    >>> noise = dithering((1000,), 3)
+    >>> abs(noise.mean().item() - 0.5) < 0.03
+    True
+    """
+    index, stride = jnp.zeros(shape, jnp.uint32), 1
+    for axis in reversed(range(len(shape))):
+        index += jax.lax.broadcasted_iota(jnp.uint32, shape, axis) * jnp.uint32(stride % 2**32)
+        stride *= shape[axis]
+    # The finaliser of MurmurHash3 (public domain).
+    index ^= index >> 16
+    index *= jnp.uint32(0x85EBCA6B)
+    index ^= index >> 13
+    index *= jnp.uint32(0xC2B2AE35)
+    index ^= index >> 16
+    index += jnp.asarray(count).astype(jnp.uint32) * jnp.uint32(0x9E3779B9)
+    return (index >> 8).astype(jnp.float32) * jnp.float32(2.0**-24)
+>>>>>>> main
 
 
 def _adaptive_grid(scales: jax.Array, encoding: Encoding) -> tuple[jax.Array, jax.Array]:

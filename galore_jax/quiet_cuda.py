@@ -1,6 +1,6 @@
 """Silence about a CUDA that is installed to compile for GPUs, on a machine without one.
 
-Imports nothing of this package, nor jax: its commands enter :func:`quiet_cuda` before those.
+Imports nothing of this package, nor jax: its commands enter ``quiet_cuda`` before those.
 """
 
 import contextlib

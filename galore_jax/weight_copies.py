@@ -57,7 +57,7 @@ class WeightCopies:
           state: the optimizer's state.
           params: the whole weights.
           projectors: the old and the new projectors, decoded, trees of the params' structure.
-          specs: a tree of :class:`~galore_jax.weights.MatrixSpec` and None.
+          specs: a tree of ``MatrixSpec`` and None.
           scale: GaLore's factor on updates.
           count: the number of updates so far, () int32.
 
@@ -124,7 +124,7 @@ def find_copies(
 
     def primals_of(*weights: Any) -> list[Any]:
         primals = [weights[i] for i in chosen]
-        of_chosen = functools.partial(noted_state, weights)
+        of_chosen = functools.partial(noted_state, list(weights))
         return jax.jvp(of_chosen, (primals,), (list(map(jnp.ones_like, primals)),))[0]
 
     program = jax.make_jaxpr(primals_of)(*leaves).jaxpr

@@ -8,6 +8,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import optax
 from jax.tree_util import DictKey, GetAttrKey
 
 from galore_jax.errors import check_rank
@@ -21,6 +22,7 @@ from galore_jax.projection import (
     projected_side,
     projector_shape,
 )
+from galore_jax.quantization import Quantized
 
 Rank = int | Callable[[str, Any], int | None]
 Patterns = str | Sequence[str]
@@ -58,12 +60,12 @@ class MatrixSpec:
 
     @property
     def projector_shape(self) -> Any:
-        """The shape of the projector, see :func:`galore_jax.projection.projector_shape`."""
+        """The shape of the projector, see ``galore_jax.projection.projector_shape``."""
         return projector_shape(self.matrix_shape, self.rank, self.side)
 
     @property
     def is_kernel(self) -> bool:
-        """Whether the last two axes are m and n, as :func:`galore_jax.linear` multiplies."""
+        """Whether the last two axes are m and n, as ``galore_jax.linear`` multiplies."""
         ndim = len(self.shape)
         return (self.rows, self.columns) == ((ndim - 2,), (ndim - 1,))
 
@@ -105,6 +107,35 @@ def low_rank_gradient(spec: MatrixSpec, leaf: Any, projector: Any) -> jax.Array:
     return project(spec.to_matrix(leaf), projector, spec.side)
 
 
+def check_fit(specs: Any, updates: Any, projectors: Any) -> None:
+    """Raises if gradients or projectors are not as these settings have them."""
+
+    def check(gradient: Any, spec: MatrixSpec | None, projector: Any) -> None:
+        expected = optax.MaskedNode() if spec is None else spec.projector_shape
+        found = jax.tree.map(jnp.shape, projector, is_leaf=lambda x: isinstance(x, Quantized))
+        if found != expected:
+            raise ValueError(
+                "the state was made with another rank, proj_type or choice of leaves: its "
+                f"projector is {found} where these settings have {expected}"
+            )
+        if not is_projected_gradient(gradient):
+            return
+        wanted = spec and (spec.low_shape, spec.side)
+        if (jnp.shape(gradient.low_rank), gradient.side) != wanted:
+            raise ValueError(
+                f"a gradient of shape {gradient.shape} comes projected on the side "
+                f"{gradient.side!r} to {jnp.shape(gradient.low_rank)}, where these settings "
+                f"have {wanted or 'no projection'}"
+            )
+        if spec is not None and not spec.is_kernel:
+            raise ValueError(
+                f"a gradient of shape {gradient.shape} comes projected as a kernel's of its last "
+                "two axes, and weight_dimension_numbers names others: leave it out of kernels=..."
+            )
+
+    jax.tree.map(check, updates, specs, projectors, is_leaf=is_projected_gradient)
+
+
 def matrix_specs(
     params: Any,
     *,
@@ -121,15 +152,15 @@ def matrix_specs(
       params: a tree of arrays or shapes; a ``ProjectedGradient`` stands for its full shape.
       rank: an int, or a function of a selected leaf's path (``blocks/attn/q_proj/kernel``) and the
         leaf that gives an int, or None to leave it alone.
-      proj_type: see :func:`galore_jax.projection.projected_side`.
-      target_modules, stacked_modules, must_match: see :func:`projection_mask`.
+      proj_type: see ``galore_jax.projection.projected_side``.
+      target_modules, stacked_modules, must_match: see ``projection_mask``.
       weight_dimension_numbers: None (the last two axes), ``optax.contrib.GaLoreDimensionNumbers``
         for every leaf of two axes or more, a tree of them with the params' structure and None
         for leaves to be left alone, or a function of the params that returns such a tree.
         ``MuonDimensionNumbers`` will do too. Axes that are not named index a stack.
 
     Returns:
-      A tree with the params' structure: a :class:`MatrixSpec`, or None where nothing is projected.
+      A tree with the params' structure: a ``MatrixSpec``, or None where nothing is projected.
 
     Raises:
       TypeError, ValueError: numbers or ranks that do not fit a leaf (its path is named).
@@ -257,7 +288,7 @@ def path_filter(patterns: Patterns | None, name: str = "target_modules") -> Call
     """Compiles regular expressions into a predicate on paths; None matches no path.
 
     Raises:
-      TypeError, ValueError: see :func:`projection_mask`.
+      TypeError, ValueError: see ``projection_mask``.
 
     >>> path_filter(["attn", "mlp"])("blocks/mlp/kernel")
     True

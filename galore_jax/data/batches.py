@@ -1,4 +1,4 @@
-"""From documents to batches of tokens and targets, from any position on."""
+"""Batches of tokens and targets from documents, resumable at any position."""
 
 import atexit
 import dataclasses
@@ -14,7 +14,7 @@ import numpy as np
 from galore_jax.data.c4 import check_tfds, find_c4
 from galore_jax.data.packing import IGNORED, document_row, packed_rows
 from galore_jax.data.sample import prepare_sample
-from galore_jax.data.tokenizer import Tokenizer, check_vocabulary
+from galore_jax.data.tokenizer import Tokenizer
 from galore_jax.errors import UserError
 
 Batch = dict[str, np.ndarray]
@@ -24,7 +24,7 @@ _Stream = Generator[tuple[Batch, State], None, None]  # each with the state afte
 
 @dataclasses.dataclass(frozen=True)
 class DataConfig:
-    """What to read, and how to lay it out.
+    """Says which texts to read and how to lay them out.
 
     Attributes:
       name: ``"c4"`` or ``"sample"``.
@@ -81,7 +81,11 @@ class TextData:
                 "runs the spiece.model of t5-base"
             )
         self.tokenizer = Tokenizer(tokenizer)
-        check_vocabulary(self.tokenizer, vocab_size)
+        if self.tokenizer.vocab_size > vocab_size:
+            raise UserError(
+                f"the tokenizer has {self.tokenizer.vocab_size} ids and the model a vocabulary of "
+                f"{vocab_size}; set config.model.vocab_size={self.tokenizer.vocab_size} or more"
+            )
         self.source = f"{config.name}: {self._source.description}"
 
     def train_batches(self, *, batch_size: int, seed: int) -> "Batches":
@@ -124,12 +128,12 @@ class Batches(Iterator[Batch], AbstractContextManager["Batches", None]):
     Its end and an error close it too.
     """
 
-    # A stream that reads ahead joins its thread when it is closed. Were it left to the garbage
-    # collector, that could be at any moment, in any thread, whatever locks this thread holds; if
-    # the joined thread waits for one of them, neither ends. Seen with Grain's prefetching iterator,
-    # whose __del__ joins, collected in ThreadPoolExecutor.submit, which holds a lock of all
-    # executors; https://github.com/google/grain/pull/1373 would mend its part.
-    # So each is kept here until it is closed, and one that is forgotten until the process ends.
+    # Closing a stream that reads ahead joins its thread. The garbage collector would do so at any
+    # moment, in any thread, whatever locks that thread holds, and if the joined thread waits for
+    # one of them, neither goes on. This was seen with Grain's ThreadPrefetchDatasetIterator, whose
+    # __del__ joins, in ThreadPoolExecutor.submit, which holds a lock of all executors (a mend is
+    # proposed in https://github.com/google/grain/pull/1373). So open streams are kept here, and
+    # one that is forgotten stays open until the process ends.
     _open: ClassVar[set[_Stream]] = set()
 
     def __init__(self, read: Callable[[State], _Stream]):

@@ -15,15 +15,8 @@ from typing import Any
 import grain
 import tensorflow_datasets as tfds
 
-from galore_jax.data.shards import (
-    BAD_RECORD,
-    Shards,
-    Texts,
-    example_text,
-    one_line,
-    read_json_lines,
-    read_tfrecords,
-)
+from galore_jax.data import shards
+from galore_jax.data.shards import Shards
 from galore_jax.errors import UserError
 
 _SPLITS = ("train", "validation")
@@ -75,10 +68,10 @@ def _find(root: Path) -> "RandomAccess | Shards":
     if prepared:
         return _open_tfds(prepared[-1])
     for folder in (root, root / "en"):
-        shards = {split: sorted(folder.glob(f"c4-{split}.*.json.gz")) for split in _SPLITS}
-        if any(shards.values()):
-            _check_splits({split: len(paths) for split, paths in shards.items()}, folder)
-            return Shards(read_json_lines, shards, f"{len(shards['train'])} json.gz shards")
+        paths = {split: sorted(folder.glob(f"c4-{split}.*.json.gz")) for split in _SPLITS}
+        if any(paths.values()):
+            _check_splits({split: len(paths[split]) for split in _SPLITS}, folder)
+            return Shards(shards.read_json_lines, paths, f"{len(paths['train'])} json.gz shards")
     raise UserError(
         f"no C4 in {root}: looked for {root / 'c4/en/VERSION/dataset_info.json'} and for "
         f"c4-train.*.json.gz in {root} and {root / 'en'}; {_HOW_TO}"
@@ -97,7 +90,7 @@ def _open_tfds(folder: Path) -> "RandomAccess | Shards":
     if info.file_format == tfds.core.FileFormat.ARRAY_RECORD:
         return RandomAccess(builder, f"array_record, {documents} documents")
     if info.file_format == tfds.core.FileFormat.TFRECORD:
-        read = functools.partial(read_tfrecords, features=info.features)
+        read = functools.partial(shards.read_tfrecords, features=info.features)
         return Shards(read, paths, f"tfrecord, {documents} documents")
     raise UserError(
         f"C4 in {folder} has TFDS's format {info.file_format}, which is not read here; "
@@ -112,14 +105,10 @@ def _check_splits(documents: dict[str, int], folder: Path) -> None:
 
 
 class RandomAccess:
-    """C4 as array_record: any document at once, so that a whole epoch is shuffled.
-
-    Attributes:
-      description: the form and size, in a few words.
-    """
+    """C4 as array_record: any document at once, so that a whole epoch is shuffled."""
 
     def __init__(self, builder: Any, description: str):
-        """Opens what a TFDS builder has prepared."""
+        """Opens what a TFDS builder has prepared; ``description`` tells its form and size."""
         self.description = description
         self._info = builder.info.splits
         self._examples = {split: builder.as_data_source(split=split) for split in _SPLITS}
@@ -132,7 +121,7 @@ class RandomAccess:
                     yield self._text(split, begin)
                     yield self._text(split, end - 1)
 
-    def texts(self, split: str, *, seed: int | None, place: Sequence[int] = ()) -> Texts:
+    def texts(self, split: str, *, seed: int | None, place: Sequence[int] = ()) -> shards.Texts:
         """Yields texts in order, once, for a seed of None; else without end, shuffled each epoch.
 
         ``place`` is where to go on: the number of texts yielded before.
@@ -140,17 +129,18 @@ class RandomAccess:
         order: Any = grain.MapDataset.range(len(self._examples[split]))
         if seed is not None:
             order = order.seed(seed).shuffle().repeat()
-        for i in range(*(place or (0,)), len(order)):
+        (begin,) = place or (0,)
+        for i in range(begin, len(order)):
             yield self._text(split, order[i]), (i + 1,)
 
     def _text(self, split: str, index: int) -> str:
         try:
-            return example_text(self._examples[split][index])
-        except (RuntimeError, *BAD_RECORD) as error:  # RuntimeError: array_record's own
-            shard = bisect.bisect(self._bounds(split), index) - 1
+            return shards.example_text(self._examples[split][index])
+        except (RuntimeError, *shards.BAD_RECORD) as error:  # RuntimeError: array_record's own
+            number = bisect.bisect(self._bounds(split), index) - 1
             raise UserError(
-                f"{self._info[split].filepaths[shard]} is damaged at record "
-                f"{index - self._bounds(split)[shard] + 1} ({one_line(error)}); "
+                f"{self._info[split].filepaths[number]} is damaged at record "
+                f"{index - self._bounds(split)[number] + 1} ({shards.one_line(error)}); "
                 "copy or prepare it again"
             ) from error
 

@@ -42,11 +42,8 @@ def packed_rows(
       documents: arrays of ids, (any length of at least 1,) int32, each with the place after it.
       length: tokens a row.
       pad_id: fills ``tokens`` after the end of the stream.
-      place: the place before the first document.
+      place: the place before the first document; with ``offset`` yielded with each row, to go on.
       offset: ids of the first document that are left out.
-
-    Yields:
-      A row, and the ``place`` and ``offset`` with which this goes on after it.
     """
     waiting: collections.deque[tuple[Sequence[int], np.ndarray]] = collections.deque()
     available = -offset

@@ -1,8 +1,7 @@
 """The offline sample: real English that an ordinary pip install brings.
 
 botocore (Apache-2.0) carries the documentation of several hundred web services. Its prose is
-written once, as a TFDS ``c4/en`` data set under a cache folder, and is read by the code that reads
-C4.
+written once, as a TFDS ``c4/en`` data set under a cache folder, and read as C4 is.
 """
 
 import gzip
@@ -21,7 +20,7 @@ import tempfile
 import time
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import tensorflow_datasets as tfds
 from array_record.python.array_record_module import ArrayRecordWriter
@@ -99,7 +98,9 @@ def _documents(root: Path) -> dict[str, list[str]]:
     for service in sorted(path for path in root.iterdir() if path.is_dir()):
         paragraphs = [text for text in dict.fromkeys(_paragraphs(service)) if text not in seen]
         seen.update(paragraphs)
-        services["validation" if _is_held_out(service.name) else "train"].append(paragraphs)
+        # One service in twenty is held out, by a hash of what the names of its relatives share.
+        number = hashlib.sha256(service.name.partition("-")[0].encode()).digest()[0]
+        services["validation" if number < 256 / 20 else "train"].append(paragraphs)
     services["validation"] = _without_near_duplicates(services["validation"], services["train"])
     documents = {}
     for split, lists in services.items():
@@ -110,10 +111,10 @@ def _documents(root: Path) -> dict[str, list[str]]:
 
 def _without_near_duplicates(held_out: list[list[str]], train: list[list[str]]) -> list[list[str]]:
     """Drops each held-out paragraph with more than half of its 8-word sequences in ``train``."""
-    grams = {gram for service in held_out for paragraph in service for gram in _grams(paragraph)}
-    shared: set[tuple[str, ...]] = set()
-    for paragraph in itertools.chain(*train):
-        shared.update(grams.intersection(_grams(paragraph)))
+    grams = {gram for paragraph in itertools.chain(*held_out) for gram in _grams(paragraph)}
+    shared = grams.intersection(
+        gram for paragraph in itertools.chain(*train) for gram in _grams(paragraph)
+    )
 
     def is_new(paragraph: str) -> bool:
         grams = _grams(paragraph)
@@ -125,12 +126,6 @@ def _without_near_duplicates(held_out: list[list[str]], train: list[list[str]]) 
 def _grams(paragraph: str, words: int = 8) -> list[tuple[str, ...]]:
     split = paragraph.split()
     return [tuple(split[i : i + words]) for i in range(max(1, len(split) - words + 1))]
-
-
-def _is_held_out(service: str) -> bool:
-    """Holds out one service in twenty, by a hash of the part of its name that relatives share."""
-    family = service.partition("-")[0]
-    return hashlib.sha256(family.encode()).digest()[0] < 256 / 20
 
 
 def _paragraphs(service: Path) -> Iterator[str]:
@@ -196,13 +191,10 @@ def _write_tfds(folder: Path, documents: dict[str, list[str]]) -> None:
     splits = []
     for split, texts in documents.items():
         template = tfds.core.ShardedFileTemplate(
-            data_dir=folder,  # pyright: ignore[reportArgumentType]  # any path-like works
-            dataset_name="c4",
-            split=split,
-            filetype_suffix="array_record",
+            cast(Any, folder), dataset_name="c4", split=split, filetype_suffix="array_record"
         )
-        path = str(template.sharded_filepath(shard_index=0, num_shards=1))
-        writer = ArrayRecordWriter(path, "group_size:1")
+        path = template.sharded_filepath(shard_index=0, num_shards=1)
+        writer = ArrayRecordWriter(str(path), "group_size:1")
         written = 0
         for text in texts:
             example = {**dict.fromkeys(_KEYS, ""), "text": text, "content-length": str(len(text))}

@@ -46,19 +46,6 @@ class Tokenizer:
         return self._processor.decode([int(i) for i in ids])
 
 
-def check_vocabulary(tokenizer: Tokenizer, vocab_size: int) -> None:
-    """Refuses a tokenizer whose ids the model has no embedding for.
-
-    Raises:
-      UserError: the tokenizer is the larger one.
-    """
-    if tokenizer.vocab_size > vocab_size:
-        raise UserError(
-            f"the tokenizer has {tokenizer.vocab_size} ids and the model a vocabulary of "
-            f"{vocab_size}; set config.model.vocab_size={tokenizer.vocab_size} or more"
-        )
-
-
 def train_tokenizer(texts: Iterator[str], path: Path, *, vocab_size: int) -> None:
     """Trains a byte-pair model of ``vocab_size`` ids, always the same for the same documents.
 

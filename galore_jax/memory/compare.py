@@ -40,7 +40,7 @@ def compare(
     The numbers beside the reports are what GaLore saves of AdamW's memory, as parts of 1.
 
     Raises:
-      UserError: see :func:`galore_jax.memory.report.make_report`.
+      UserError: see ``galore_jax.memory.report.make_report``.
     """
     reports = {}
     for method, changes in METHODS.items():

@@ -64,7 +64,7 @@ def compiled_plan(compiled: jax.stages.Compiled, device: str) -> CompiledPlan | 
 
 
 def compile_lowered(lowered: jax.stages.Lowered) -> jax.stages.Compiled:
-    """``lowered.compile()``, which raises :class:`DoesNotFit` for lack of memory."""
+    """``lowered.compile()``, which raises ``DoesNotFit`` for lack of memory."""
     try:
         return lowered.compile()
     except jax.errors.JaxRuntimeError as error:

@@ -33,7 +33,7 @@ def plot(reports: list[Report], path: Path, title: str) -> None:
     """Draws a bar for each report of a target, in GiB or MiB, with its memory as a line.
 
     Raises:
-      UserError: see :func:`check_path`.
+      UserError: see ``check_path``.
     """
     check_path(path)
     from matplotlib.figure import Figure

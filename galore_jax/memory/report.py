@@ -56,7 +56,7 @@ def make_report(experiment: Experiment, target: Target, method: str = "") -> Rep
     """Counts an experiment's state, and compiles its training steps for a target.
 
     Raises:
-      UserError: see :func:`galore_jax.memory.fit.plan_steps`; not for lack of memory.
+      UserError: see ``galore_jax.memory.fit.plan_steps``; not for lack of memory.
     """
     state = experiment.abstract_state()
     rows = count_rows(state.params, state.opt_state, experiment.gradient_bytes())

@@ -45,7 +45,7 @@ class Target:
 
 
 def target_names() -> list[str]:
-    """The names that :func:`find_target` knows.
+    """The names that ``find_target`` knows.
 
     >>> "rtx4090" in target_names()
     True

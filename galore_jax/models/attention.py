@@ -11,7 +11,7 @@ from galore_jax.models.config import AttentionImplementation
 def rotary(x: jax.Array, positions: jax.Array, theta: float) -> jax.Array:
     r"""Rotary position embedding (Su et al. 2021, arXiv:2104.09864), in float32.
 
-    Turns the pair :math:`(x_i, x_{i + H/2})` by the angle :math:`p\,\theta^{-2i/H}`: the pairs
+    Turns the pair $(x_i, x_{i + H/2})$ by the angle $p\,\theta^{-2i/H}$: the pairs
     are halves apart, as in Hugging Face checkpoints, not neighbours.
 
     Args:
@@ -43,7 +43,7 @@ def causal_attention(
       query: ``(B, S, N, H)``.
       key: ``(B, S, K, H)``; N is a multiple of K, and query head n reads head ``n // (N / K)``.
       value: ``(B, S, K, H)``.
-      implementation: for :func:`jax.nn.dot_product_attention`. None does the same in the
+      implementation: for ``jax.nn.dot_product_attention``. None does the same in the
         plain batched matrix products that XLA runs best on a CPU if the inputs are float32,
         and else leaves the choice to JAX.
 

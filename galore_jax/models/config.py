@@ -13,7 +13,7 @@ AttentionImplementation = Literal["xla", "cudnn"]
 
 @dataclasses.dataclass(frozen=True)
 class LlamaConfig:
-    """The sizes and numerics of a :class:`galore_jax.models.llama.Llama`.
+    """The sizes and numerics of a ``galore_jax.models.llama.Llama``.
 
     Sizes are those of the LLaMA paper (Touvron et al. 2023, arXiv:2302.13971) and of the
     Hugging Face configuration of the same name.
@@ -34,9 +34,9 @@ class LlamaConfig:
       dtype: dtype of activations and matrix products. Norm, softmax and rotary arithmetic,
         logits and loss are float32 whatever it is.
       param_dtype: dtype of the parameters.
-      attention_implementation: for :func:`jax.nn.dot_product_attention`, ``"xla"`` or
+      attention_implementation: for ``jax.nn.dot_product_attention``, ``"xla"`` or
         ``"cudnn"`` (NVIDIA GPU, 16-bit ``dtype``); None lets JAX choose, save in float32: see
-        :func:`galore_jax.models.attention.causal_attention`.
+        ``galore_jax.models.attention.causal_attention``.
       remat: keep only each block's input and recompute the block in the backward pass; else
         the outputs of its linears are kept, and only what lies between them recomputed.
       loss_chunk_tokens: rows of logits that exist at a time in the loss.

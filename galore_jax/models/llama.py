@@ -19,7 +19,7 @@ Params = dict[str, Any]  # Nested dicts of arrays.
 
 
 class Predictions(NamedTuple):
-    """Logits as two factors, whose product :func:`~galore_jax.models.losses.cross_entropy` cuts.
+    """Logits as two factors, whose product ``cross_entropy`` cuts.
 
     Attributes:
       hidden: the normalised output of the last block, (B, S, D).
@@ -65,7 +65,7 @@ class Linear(nnx.Module):
 
 
 class RMSNorm(nnx.Module):
-    r""":math:`s\, x / \sqrt{\operatorname{mean}(x^2) + \epsilon}`, computed in float32.
+    r"""$s\, x / \sqrt{\operatorname{mean}(x^2) + \epsilon}$, computed in float32.
 
     Root-mean-square norm (Zhang and Sennrich 2019, arXiv:1910.07467).
     """
@@ -209,7 +209,7 @@ class Llama(nnx.Module):
         return linear(self.hidden_states(tokens), self.head, out_dtype=jnp.float32)
 
     def loss(self, tokens: jax.Array, targets: jax.Array) -> tuple[jax.Array, jax.Array]:
-        """Summed negative log-likelihood of ``targets``; see :func:`cross_entropy`.
+        """Summed negative log-likelihood of ``targets``; see ``cross_entropy``.
 
         Args:
           tokens: ``(B, S)``, int32.
@@ -224,9 +224,9 @@ class Llama(nnx.Module):
 
 
 def init_params(config: LlamaConfig, key: jax.Array) -> tuple[nnx.GraphDef, Params]:
-    """Draws the parameters of a :class:`Llama`.
+    """Draws the parameters of a ``Llama``.
 
-    Pure, so it can be jitted, and evaluated by :func:`jax.eval_shape` without memory.
+    Pure, so it can be jitted, and evaluated by ``jax.eval_shape`` without memory.
 
     Args:
       config: the model.

@@ -15,10 +15,10 @@ def cross_entropy(
 ) -> tuple[jax.Array, jax.Array]:
     r"""Sum of the negative log-likelihood of ``targets``, a chunk of tokens at a time.
 
-    With logits :math:`z_t = h_t W` of position t and target :math:`y_t`,
+    With logits $z_t = h_t W$ of position t and target $y_t$,
 
-    .. math:: \sum_{t: y_t \ge 0} \Big( \log \sum_v e^{z_{tv}} - z_{t y_t} \Big),
-        \qquad \frac{\partial}{\partial z_{tv}} = \operatorname{softmax}(z_t)_v - [v = y_t].
+    $$\sum_{t: y_t \ge 0} \Big( \log \sum_v e^{z_{tv}} - z_{t y_t} \Big),
+    \qquad \frac{\partial}{\partial z_{tv}} = \operatorname{softmax}(z_t)_v - [v = y_t].$$
 
     The gradient of a sum of softmax cross-entropies is known as soon as the logits are, so
     under differentiation the forward pass also computes it, chunk by chunk. Three matrix

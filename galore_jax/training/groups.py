@@ -50,7 +50,7 @@ class Groups:
     def put(
         self, group: int, index: Any, state: TrainState, params: Any, opt_state: Any
     ) -> TrainState:
-        """Puts back what :meth:`take` gave; with the group before the blocks what all share too."""
+        """Puts back what ``take`` gave; with the group before the blocks what all share too."""
         replaced = (group, -1) if group == self.before else (group,)
 
         def put(i: int, axes: Any, x: Any, new: Any) -> Any:
@@ -63,7 +63,7 @@ class Groups:
         return self._map(lambda i, _, x: x if i < self.after else optax.MaskedNode(), state)
 
     def put_blocks(self, state: TrainState, blocks: TrainState) -> TrainState:
-        """Puts back what :meth:`of_blocks` gave."""
+        """Puts back what ``of_blocks`` gave."""
         return self._map(lambda i, _, x, new: new if i < self.after else x, state, blocks)
 
     def _map(self, fn: Callable[..., Any], state: TrainState, *rest: TrainState) -> TrainState:

@@ -45,7 +45,7 @@ def make_layerwise_step(
     *,
     refresh: bool,
 ) -> Step:
-    """Makes :func:`galore_jax.training.step.make_train_step` with one layer's gradient at a time.
+    """Makes ``galore_jax.training.step.make_train_step`` with one layer's gradient at a time.
 
     Args:
       model, task, schedule, mode, refresh: as there.

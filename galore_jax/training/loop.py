@@ -1,6 +1,5 @@
 """The training run: from a config and a folder to a trained model, resumable at any moment."""
 
-import contextlib
 import math
 import time
 from pathlib import Path
@@ -9,6 +8,7 @@ from typing import Any, NoReturn
 import jax
 import numpy as np
 
+from galore_jax.data.batches import Batches, TextData
 from galore_jax.errors import UserError
 from galore_jax.memory import compiled_plan, memory_table
 from galore_jax.memory.fit import check_fit, compile_steps
@@ -58,20 +58,18 @@ def train(config: Config, workdir: Path) -> None:
                 )
                 return
             check_writable(workdir)
-            run = _Run(experiment, data, saved, stop)
-            with contextlib.closing(run.batches):
+            with data.train_batches(batch_size=config.batch_size, seed=config.seed) as batches:
+                run = _Run(experiment, data, batches, saved, stop)
                 run.compile()
                 if restored is None:
-                    state = jax.jit(experiment.init)(jax.random.key(config.seed))
+                    state, resume_step = jax.jit(experiment.init)(jax.random.key(config.seed)), None
                 else:
-                    state = run.resume(restored)
+                    state, resume_step = run.resume(restored), restored.step
                 if not stop.requested:
                     write_run_record(workdir, config_json(config), first=restored is None)
                     with (
                         MetricsLog(
-                            workdir,
-                            resume_step=None if restored is None else restored.step,
-                            tensorboard=config.tensorboard,
+                            workdir, resume_step=resume_step, tensorboard=config.tensorboard
                         ) as metrics,
                         Progress(config.train_steps, start=run.step) as progress,
                     ):
@@ -82,10 +80,16 @@ def train(config: Config, workdir: Path) -> None:
 class _Run:
     """A run under way: its compiled steps and how far it has come."""
 
-    def __init__(self, experiment: Experiment, data: Any, saved: Checkpoints, stop: StopRequest):
-        self.experiment, self.config = experiment, (config := experiment.config)
-        self.data, self.saved, self.stop = data, saved, stop
-        self.batches = data.train_batches(batch_size=config.batch_size, seed=config.seed)
+    def __init__(
+        self,
+        experiment: Experiment,
+        data: TextData,
+        batches: Batches,
+        saved: Checkpoints,
+        stop: StopRequest,
+    ):
+        self.experiment, self.config = experiment, experiment.config
+        self.data, self.batches, self.saved, self.stop = data, batches, saved, stop
         self.step = 0
         self.tokens = 0
         self.seconds = 0.0
@@ -99,18 +103,15 @@ class _Run:
         state = experiment.abstract_state()
         print("compiling", flush=True)
 
+        batch = experiment.abstract_batch(config.batch_size)
         lowered = {
-            refresh: jax.jit(step, donate_argnums=0).lower(
-                state, experiment.abstract_batch(config.batch_size)
-            )
+            refresh: jax.jit(step, donate_argnums=0).lower(state, batch)
             for refresh, step in experiment.train_steps().items()
         }
         self.train_steps = compile_steps(config, lowered)
-        self.eval_step = (
-            jax.jit(make_eval_step(experiment.stages, experiment.task))
-            .lower(state.params, experiment.abstract_batch(config.micro_batch_size))
-            .compile()
-        )
+        eval_step = jax.jit(make_eval_step(experiment.stages, experiment.task))
+        batch = experiment.abstract_batch(config.micro_batch_size)
+        self.eval_step = eval_step.lower(state.params, batch).compile()
         self.all_finite = jax.jit(all_finite)
         device = jax.local_devices()[0].device_kind
         plans = {
@@ -122,7 +123,7 @@ class _Run:
         print(f"compiled in {time.monotonic() - begun:.1f} s", flush=True)
 
     def resume(self, restored: Restored) -> TrainState:
-        """Takes up the position of a checkpoint."""
+        """Goes to the position of a checkpoint."""
         print(f"resuming from step {restored.step} of {self.config.train_steps}", flush=True)
         self.step = restored.step
         self.tokens, self.seconds = restored.data["tokens"], restored.data["seconds"]
@@ -180,44 +181,34 @@ class _Run:
             named = "".join(f" and {key} {value}" for key, value in norms.items())
             self._diverged(f"loss {self.loss}{named}")
         if step == 1 or step == self.config.train_steps or _due(step, self.config.log_every_steps):
-            tokens_per_second = speed.since_last()
-            line = {
-                "step": step,
-                "loss": numbers["loss"],
-                "learning_rate": numbers["learning_rate"],
-                **norms,
-                "tokens": self.tokens,
-                "tokens_per_second": tokens_per_second,
-                **self._memory(),
-            }
-            metrics.write(line)
-            progress.update(
-                step,
-                loss=self.loss,
-                learning_rate=float(numbers["learning_rate"]),
-                tokens_per_second=tokens_per_second,
-            )
+            rate, tokens_per_second = numbers["learning_rate"], speed.since_last()
+            line = {"step": step, "loss": numbers["loss"], "learning_rate": rate, **norms}
+            line |= {"tokens": self.tokens, "tokens_per_second": tokens_per_second}
+            metrics.write(line | self._memory())
+            shown = {"learning_rate": float(rate), "tokens_per_second": tokens_per_second}
+            progress.update(step, loss=self.loss, **shown)
         else:
             progress.update(step)
 
     def _memory(self) -> dict[str, int]:
-        """The plan, and the most that was in use so far where the device tells it, in bytes."""
+        """Returns the planned memory and the most used so far, in bytes, if the device tells it."""
         stats = jax.local_devices()[0].memory_stats() or {}
         if "peak_bytes_in_use" not in stats:
             return {}
         return {"planned_memory": self.planned_memory, "max_memory": stats["peak_bytes_in_use"]}
 
     def _evaluate(self, state: TrainState, metrics: MetricsLog, progress: Progress) -> None:
-        """Mean loss over the held-out targets: each counts alike, whatever batch it is in."""
+        """Writes the mean loss over held-out targets, which count alike whatever their batch."""
         self.owes_evaluation = True
         total, counted = [], 0
-        for batch in self.data.eval_batches(batch_size=self.config.micro_batch_size):
-            if self.stop.requested and self.step < self.config.train_steps:
-                return
-            total.append(self.eval_step(state.params, batch))
-            counted += int(np.sum(batch["targets"] >= 0))
-            if counted >= self.config.eval_tokens:
-                break
+        with self.data.eval_batches(batch_size=self.config.micro_batch_size) as batches:
+            for batch in batches:
+                if self.stop.requested and self.step < self.config.train_steps:
+                    return
+                total.append(self.eval_step(state.params, batch))
+                counted += int(self.experiment.task.count(batch))
+                if counted >= self.config.eval_tokens:
+                    break
         if not counted:
             raise UserError(f"the held-out part of {self.data.source} has nothing to predict")
         self.eval_loss = math.fsum(jax.device_get(total)) / counted
@@ -235,17 +226,10 @@ class _Run:
     def _save(self, state: TrainState) -> None:
         if not self.all_finite(state):
             self._diverged("weights or optimizer state that are not finite")
-        self.saved.save(
-            self.step,
-            state,
-            {
-                "batches": self.batches.get_state(),
-                "source": self.data.source,
-                "tokens": self.tokens,
-                "seconds": self.seconds,
-                "owes_evaluation": self.owes_evaluation,
-            },
-        )
+        position = {"batches": self.batches.get_state(), "source": self.data.source}
+        position |= {"tokens": self.tokens, "seconds": self.seconds}
+        position["owes_evaluation"] = self.owes_evaluation
+        self.saved.save(self.step, state, position)
 
     def _diverged(self, what: str) -> NoReturn:
         kept = self.saved.steps()
@@ -256,7 +240,7 @@ class _Run:
         )
 
     def last_words(self) -> str:
-        """What became of the run, in one line."""
+        """Says in one line what became of the run."""
         total = self.config.train_steps
         if self.step == 0:
             return f"stopped by {self.stop.name} before the first step: there is nothing to save"
@@ -273,7 +257,7 @@ class _Run:
 
 
 class _Speed:
-    """Tokens a second between two log lines, pauses left out."""
+    """Measures tokens a second between two log lines, without pauses."""
 
     def __init__(self):
         self._begun, self._tokens = time.monotonic(), 0

@@ -34,7 +34,7 @@ _FIXED = {"adafactor": {"multiply_by_parameter_scale": False}}
 
 
 def make_schedule(config: Config) -> optax.Schedule:
-    """Linear warm-up from 0 to the peak, then a cosine down to ``final_lr_ratio`` of it.
+    """Makes a linear warm-up from 0 to the peak, then a cosine to ``final_lr_ratio`` of it.
 
     As in the paper's appendix C.1. Called with the number of updates already made, so that the
     first update has learning rate 0 if there is any warm-up.
@@ -52,7 +52,7 @@ def make_schedule(config: Config) -> optax.Schedule:
 def make_optimizer(
     config: Config, schedule: optax.Schedule, *, stacked: bool = True
 ) -> optax.GradientTransformationExtraArgs:
-    """The optimizer of a run: clipping, then the alias, in GaLore or on the full gradients.
+    """Makes a run's optimizer: clipping, then the alias, in GaLore or on the full gradients.
 
     It takes each layer by itself: ``stacked``, the layers of a model's stacked blocks; otherwise
     a model of which there is one layer, without the leading axis.
@@ -64,28 +64,15 @@ def make_optimizer(
       UserError: an alias that is not there or needs more than a learning rate; a setting that it
         does not take.
     """
-    settings, low_rank = config.optimizer, config.galore
+    settings, options = config.optimizer, config.galore.to_dict()
+    options["target_modules"] = targets = tuple(options["target_modules"])
+    del options["refresh_from"]  # the steps' own
     layers = LAYERS if stacked else None
     # A part of the weights, as layerwise updates have it, may hold no matrix.
-    find_matrices = functools.partial(
-        projection_mask, target_modules=tuple(low_rank.target_modules), must_match=False
-    )
+    find_matrices = functools.partial(projection_mask, target_modules=targets, must_match=False)
     optimizer = _alias(config, schedule, find_matrices)  # which sees single layers
     if config.method == "galore":
-        optimizer = galore(
-            optimizer,
-            rank=low_rank.rank,
-            update_proj_gap=low_rank.update_proj_gap,
-            scale=low_rank.scale,
-            proj_type=low_rank.proj_type,
-            target_modules=tuple(low_rank.target_modules),
-            stacked_modules=layers,
-            projector=low_rank.projector,
-            power_iterations=low_rank.power_iterations,
-            rotate_moments=low_rank.rotate_moments,
-            projector_dtype=low_rank.projector_dtype,
-            projector_bits=low_rank.projector_bits,
-        )
+        optimizer = galore(optimizer, stacked_modules=layers, **options)
     elif stacked:
         optimizer = per_layer(optimizer, LAYERS)
     if config.method == "full" and settings.matrix_lr_scale != 1.0:
@@ -137,7 +124,7 @@ def _alias(
 
 
 def aliases() -> dict[str, Callable[..., optax.GradientTransformation]]:
-    """The aliases that ``optimizer.name`` may be: those that need a learning rate and no more."""
+    """Finds what ``optimizer.name`` may be: aliases that need a learning rate and no more."""
     of_optax = {
         name: make
         for module in (optax.contrib, optax)

@@ -41,14 +41,14 @@ class Mode:
 
     Attributes:
       updates: ``"standard"``, all gradients before all updates; ``"layerwise"``, each layer's
-        update as soon as its gradient exists, see :mod:`galore_jax.training.layerwise`.
+        update as soon as its gradient exists, see ``galore_jax.training.layerwise``.
       projected: whether ordinary steps take the projected gradients of the blocks' kernels.
       proj_type: GaLore's.
       micro_batches: the number of equal parts of a batch, whose gradients add up in float32.
       refresh_from: where new projectors come from with projected gradients: ``"batch"``, the full
         gradient of the whole batch, or ``"micro_batch"``, that of its first micro-batch, so that
         the full gradient is never added up in float32.
-      rounding: of bfloat16 weights, see :func:`galore_jax.rounding.apply_updates`.
+      rounding: of bfloat16 weights, see ``galore_jax.rounding.apply_updates``.
       side_by_side: layerwise, whether all micro-batches go through a layer before the next one's
         turn, which keeps the blocks' inputs of the whole batch. Otherwise, with projected gradients
         alone, one goes through all layers after the other: that keeps the float32 sums of all
@@ -68,11 +68,11 @@ class Mode:
             raise ValueError("micro-batches one after the other need projected gradients")
 
     def variables(self, params: Any, opt_state: optax.OptState) -> Any:
-        """What projected gradients are taken by, see ``gradient_variables``."""
+        """Makes what projected gradients are taken by, see ``gradient_variables``."""
         return gradient_variables(params, opt_state, proj_type=self.proj_type, kernels=KERNELS)
 
     def project(self, grads: Any, opt_state: optax.OptState) -> Any:
-        """Full gradients as the optimizer sees them, see ``project_gradients``."""
+        """Projects full gradients, see ``project_gradients``."""
         return project_gradients(grads, opt_state, proj_type=self.proj_type, kernels=KERNELS)
 
 
@@ -85,7 +85,7 @@ def make_train_step(
     *,
     refresh: bool,
 ) -> Step:
-    """One update: the mean loss over the targets of the whole batch, its gradient, the optimizer.
+    """Makes one update: mean loss over the targets of the whole batch, gradient, optimizer.
 
     Each target counts alike, whichever micro-batch it is in.
 
@@ -155,29 +155,29 @@ def make_train_step(
 
 
 def split_batch(task: Task, batch: Batch, parts: int) -> tuple[jax.Array, jax.Array, Batch]:
-    """A batch's number of targets, its inverse, and the batch as (parts, sequences, ...)."""
+    """Returns the number of targets, its inverse, and the batch as (parts, sequences, ...)."""
     tokens = task.count(batch)
     per_target = 1.0 / jnp.maximum(tokens, 1).astype(jnp.float32)
     return tokens, per_target, jax.tree.map(lambda x: x.reshape(parts, -1, *x.shape[1:]), batch)
 
 
 def cast_like(params: Any, grads: Any) -> Any:
-    """Gradients in the dtypes of what they are gradients of."""
+    """Casts gradients to the dtypes of what they are gradients of."""
     return jax.tree.map(lambda p, g: g.astype(p.dtype), params, grads)
 
 
 def sum_of_squares(grads: Any) -> jax.Array:
-    """The sum of the squares of a whole tree, () float32."""
+    """Sums the squares of a whole tree, () float32."""
     return optax.tree.norm(jax.tree.map(lambda g: g.astype(jnp.float32), grads), squared=True)
 
 
 def gradient_norm(grads: Any) -> jax.Array:
-    """The norm of a whole tree, () float32."""
+    """Computes the norm of a whole tree, () float32."""
     return jnp.sqrt(sum_of_squares(grads))
 
 
 def sum_over_parts(loss_and_grad, variables: Any, parts: Batch, first=()) -> tuple[Any, Any]:
-    """Summed in float32, starting from the (loss, gradients) of ``first`` if there is one."""
+    """Sums (loss, gradients) over parts in float32, starting from ``first`` if there is one."""
     if not first and len(jax.tree.leaves(parts)[0]) == 1:
         return loss_and_grad(variables, jax.tree.map(lambda x: x[0], parts))
 
@@ -191,11 +191,11 @@ def sum_over_parts(loss_and_grad, variables: Any, parts: Batch, first=()) -> tup
 
 
 def make_eval_step(model: Stages, task: Task) -> Callable[[Any, Batch], jax.Array]:
-    """A pure function of (params, batch): the summed loss of its targets."""
+    """Makes a pure function of (params, batch) that sums the loss over the targets."""
     return lambda params, batch: task.loss(model.forward(params, batch), batch)
 
 
 def all_finite(state: TrainState) -> jax.Array:
-    """Whether no weight and no moment is NaN or infinite, () bool."""
+    """Tells whether no weight and no moment is NaN or infinite, () bool."""
     leaves = [x for x in jax.tree.leaves(state) if jnp.issubdtype(x.dtype, jnp.floating)]
     return jnp.stack([jnp.isfinite(leaf).all() for leaf in leaves]).all()

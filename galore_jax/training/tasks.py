@@ -5,7 +5,6 @@ import math
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 
 from galore_jax.data.batches import DataConfig, TextData
@@ -41,22 +40,22 @@ class LanguageModelling:
         return TextData(self.data, vocab_size=self.vocab_size)
 
     def abstract_batch(self, sequences: int) -> Batch:
-        """The shapes of a batch."""
+        """Returns the shapes of a batch."""
         shape: Any = jax.ShapeDtypeStruct((sequences, self.data.seq_len), np.int32)
         return {"tokens": shape, "targets": shape}
 
-    def count(self, batch: Any) -> jax.Array:
-        """The number of targets of a batch, () int32, over which losses are averaged."""
-        return jnp.sum(batch["targets"] >= 0, dtype=jnp.int32)
+    def count(self, batch: Any) -> Any:
+        """Counts the targets of a batch, () int32, over which losses are averaged."""
+        return (batch["targets"] >= 0).sum(dtype=np.int32)
 
     def loss(self, outputs: Predictions, batch: Batch) -> jax.Array:
-        """The summed negative log-likelihood of a batch's targets, () float32, in nats."""
+        """Sums the negative log-likelihood of a batch's targets, () float32, in nats."""
         return cross_entropy(
             outputs.hidden, outputs.head, batch["targets"], chunk_tokens=self.chunk_tokens
         )[0]
 
     def evaluation(self, loss: float, count: int) -> dict[str, float]:
-        """The metrics of an evaluation, from the mean loss over ``count`` held-out targets."""
+        """Makes an evaluation's metrics of the mean loss over ``count`` held-out targets."""
         return {"eval_loss": loss, "eval_perplexity": perplexity(loss), "eval_tokens": count}
 
 
@@ -64,7 +63,7 @@ Task = LanguageModelling
 
 
 def perplexity(loss: float) -> float:
-    """The exponential of a loss in nats; infinite where that overflows.
+    """Returns the exponential of a loss in nats; infinite where that overflows.
 
     >>> perplexity(0.0), perplexity(1e3)
     (1.0, inf)

@@ -1,7 +1,10 @@
+import threading
+
 import pytest
 from small_c4 import TEXTS, WRITERS
 
 from galore_jax.data import sample
+from galore_jax.data.batches import Batches
 from galore_jax.data.tokenizer import train_tokenizer
 
 
@@ -21,3 +24,11 @@ def c4(request, tmp_path_factory):
 @pytest.fixture(scope="session")
 def sample_paths(sample_cache):
     return sample.prepare_sample()
+
+
+@pytest.fixture(autouse=True)
+def nothing_left_open():
+    """Every test closes its iterators, and a closed one has no thread."""
+    yield
+    assert not Batches._open
+    assert "read-ahead" not in {thread.name for thread in threading.enumerate()}

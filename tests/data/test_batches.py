@@ -1,14 +1,20 @@
+import concurrent.futures
+import contextlib
+import gc
+import gzip
 import itertools
 import json
+import os
 import subprocess
 import sys
+import threading
 
 import numpy as np
 import pytest
-from small_c4 import TEXTS, make_texts, read_texts, write_json
+from small_c4 import TEXTS, make_texts, read_texts, write_json, write_tfrecord
 
 from galore_jax.data import shards
-from galore_jax.data.batches import DataConfig, TextData
+from galore_jax.data.batches import Batches, DataConfig, TextData
 from galore_jax.data.packing import document_row
 from galore_jax.errors import UserError
 
@@ -116,7 +122,7 @@ def test_packed_state_restores_within_a_document_longer_than_a_batch(tokenizer_p
 _OTHER_PROCESS = """
 import json, sys
 from galore_jax.data import shards
-from galore_jax.data.batches import DataConfig, TextData
+from galore_jax.data.batches import Batches, DataConfig, TextData
 shards._WINDOW = 10
 config, state = json.loads(sys.argv[1])
 data = TextData(DataConfig(**config), vocab_size=320)
@@ -203,3 +209,115 @@ def test_a_tokenizer_larger_than_the_models_vocabulary(tmp_path, tokenizer_path)
     config = DataConfig("c4", str(write_json(tmp_path)), tokenizer_path, seq_len=16, packing=False)
     with pytest.raises(UserError, match="vocab_size=320 or more"):
         TextData(config, vocab_size=319)
+
+
+def open_files(folder):
+    """The files in the folder that this process has open."""
+    paths = []
+    for number in os.listdir("/proc/self/fd"):
+        with contextlib.suppress(OSError):
+            paths.append(os.readlink(f"/proc/self/fd/{number}"))
+    return [path for path in paths if path.startswith(str(folder))]
+
+
+@pytest.mark.skipif(not os.path.isdir("/proc/self/fd"), reason="tells open files on Linux")
+@pytest.mark.parametrize("write", [write_json, write_tfrecord])
+@pytest.mark.parametrize("packing", [False, True])
+def test_close_end_and_set_state_close_files_and_threads(tmp_path, tokenizer_path, write, packing):
+    data = open_data(str(write(tmp_path)), tokenizer_path, packing=packing)
+    threads = threading.active_count()
+
+    with data.eval_batches(batch_size=2) as batches:
+        next(batches)
+        assert open_files(tmp_path)
+        assert threading.active_count() == threads  # an evaluation needs none
+        batches.set_state({})
+        assert not open_files(tmp_path)
+        assert list(batches)
+        assert not open_files(tmp_path)
+        assert list(batches) == []  # the end is the end
+
+    with data.train_batches(batch_size=2, seed=0) as batches:
+        next(batches)
+        assert threading.active_count() == threads + 1
+        batches.set_state(batches.get_state())
+        assert threading.active_count() == threads
+        assert not open_files(tmp_path)
+        next(batches)
+    assert threading.active_count() == threads
+    assert not open_files(tmp_path)
+    batches.close()
+    assert list(batches) == []
+
+
+def test_an_error_while_reading_ahead_is_raised_and_closes(tmp_path, tokenizer_path):
+    root = write_json(tmp_path)
+    for shard in root.glob("c4-train*"):
+        content = gzip.decompress(shard.read_bytes())
+        shard.write_bytes(gzip.compress(content + b'{"text": 3}\n'))
+    threads = threading.active_count()
+    batches = open_data(str(root), tokenizer_path, packing=True).train_batches(batch_size=2, seed=0)
+    with pytest.raises(UserError, match=r"line 2\d: not a C4 record"):
+        list(batches)
+    assert threading.active_count() == threads
+    assert list(batches) == []
+
+
+@pytest.mark.timeout(60)
+def test_a_forgotten_iterator_does_not_wait_for_its_thread(tmp_path, tokenizer_path, monkeypatch):
+    """The thread may wait for a lock that whoever runs the garbage collector holds."""
+    data = open_data(str(write_json(tmp_path)), tokenizer_path, packing=False)
+    encode, lock = data.tokenizer.encode, threading.Lock()
+
+    def encode_with_lock(text):
+        with lock:
+            return encode(text)
+
+    monkeypatch.setattr(data.tokenizer, "encode", encode_with_lock)
+    batches = data.train_batches(batch_size=2, seed=0)
+    next(batches)
+    with lock:
+        del batches
+        gc.collect()
+    (stream,) = Batches._open
+    stream.close()
+    Batches._open.clear()
+
+
+@pytest.mark.timeout(120)
+def test_thousands_of_iterators_while_garbage_is_collected(c4, tokenizer_path):
+    data = open_data(c4, tokenizer_path, packing=True)
+    done = threading.Event()
+
+    def make_iterators(seed):
+        for i in range(500):
+            with data.train_batches(batch_size=2, seed=seed) as batches:
+                if i % 3:
+                    next(batches)
+                if i % 5 == 0:
+                    batches.set_state(batches.get_state())
+                    next(batches)
+            with data.eval_batches(batch_size=2) as batches:
+                next(batches)
+
+    def submit_and_collect():
+        with concurrent.futures.ThreadPoolExecutor(2) as other:
+            while not done.is_set():
+                cycle = []
+                cycle.append(cycle)
+                other.submit(gc.collect).result()
+
+    collector = threading.Thread(target=submit_and_collect)
+    collector.start()
+    try:
+        with concurrent.futures.ThreadPoolExecutor(4) as executor:
+            list(executor.map(make_iterators, range(4)))
+    finally:
+        done.set()
+        collector.join()
+
+
+def test_any_integer_is_a_seed(c4, tokenizer_path):
+    data = open_data(c4, tokenizer_path, packing=True)
+    for seed in (-1, 2**40):
+        assert take_first(data, 1, batch_size=2, seed=seed)

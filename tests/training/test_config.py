@@ -23,9 +23,6 @@ def optimizer_of(config):
         ("galore.update_proj_gap", 0, r"config\.galore\.update_proj_gap=0 must be at least 1"),
         ("galore.proj_type", "sdt", "must be std or .* did you mean std"),
         ("galore.scale", 0.0, "must be greater than 0"),
-        ("galore.projector_dtype", "float17", r"must be None or bfloat16 .* did you mean float1"),
-        ("galore.projector_dtype", "int8", "must be None or bfloat16"),
-        ("galore.target_modules", ("attn(",), r"config\.galore\.target_modules=.* is no regular"),
         ("galore.projector_bits", 2, "must be None or 8 or 4"),
         ("param_rounding", "stochastc", "must be nearest or stochastic; did you mean stochastic"),
         ("method", "ful", "must be galore or full; did you mean full"),
@@ -44,7 +41,7 @@ def optimizer_of(config):
         ("optimizer.clip_norm", -1.0, "must be greater than 0"),
         ("galore.projector_dtype", "nonsense", "must be None or bfloat16 or float16 or float32"),
         ("galore.projector_dtype", "int8", "must be None or bfloat16 or float16 or float32"),
-        ("galore.target_modules", ("attn", "mlp("), r"'mlp\(', no regular expression: missing"),
+        ("galore.target_modules", ("attn", "mlp("), r"'mlp\('\) is no regular expression: miss"),
     ],
 )
 def test_bad_values(key, value, message):

@@ -33,6 +33,11 @@ def test_every_config_steps_layerwise(name, arg):
     check_steps(make_experiment(config))
 
 
+def test_few_target_modules():
+    config = tiny_config(updates="layerwise", galore__target_modules=("mlp/up_proj",))
+    check_steps(make_experiment(config))
+
+
 @pytest.mark.parametrize("method", ["galore", "full"])
 @pytest.mark.parametrize("name", sorted(aliases()))
 def test_every_alias_steps_layerwise_or_is_refused(name, method):

@@ -272,11 +272,15 @@ def other_source(task):
 def test_a_stop_during_an_evaluation_leaves_it_for_later(uninterrupted, tmp_path, monkeypatch):
     evaluate = TextData.eval_batches
 
+    @contextlib.contextmanager
     def interrupted(self, *, batch_size):
         calls.append(batch_size)
-        for batch in evaluate(self, batch_size=batch_size):
-            if len(calls) == 2:  # that of step 6
-                signal.raise_signal(signal.SIGTERM)
+        with evaluate(self, batch_size=batch_size) as batches:
+            yield interrupting(batches) if len(calls) == 2 else batches  # that of step 6
+
+    def interrupting(batches):
+        for batch in batches:
+            signal.raise_signal(signal.SIGTERM)
             yield batch
 
     calls = []
