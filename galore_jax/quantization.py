@@ -1,21 +1,18 @@
 r"""Arrays in 8 or 4 bits: codes of the array's own shape, and a float32 scale for each block.
 
 A block is a tile of at most ``block_size`` values of the last two axes, mostly neighbours along the
-<<<<<<< HEAD
 last, see ``galore_jax.blocks.block_shape``. Axes before these are never joined: slicing and mapping
 a stack of matrices does the same to codes and scales. The scale of a block is its largest
 magnitude, and a code stands for a value of its encoding times that:
 
-=============  =====  ======================================================================
-encoding       codes  values
-=============  =====  ======================================================================
-adaptive       int8   sign and :math:`v_k`, :math:`0 \le k \le 127`
-adaptive_root  uint8  :math:`v_k^2`, :math:`0 \le k \le 255`; the scale is that of the root
-int8           int8   :math:`k / 127`, :math:`-127 \le k \le 127`
-int4           int4   :math:`k / 7`, :math:`-7 \le k \le 7`
-=============  =====  ======================================================================
+| encoding | codes | values |
+|---|---|---|
+| adaptive | int8 | sign and $v_k$, $0 \le k \le 127$ |
+| adaptive_root | uint8 | $v_k^2$, $0 \le k \le 255$; the scale is that of the root |
+| int8 | int8 | $k / 127$, $-127 \le k \le 127$ |
+| int4 | int4 | $k / 7$, $-7 \le k \le 7$ |
 
-The adaptive values from :math:`v_0 = 0` to 1 lie nearly evenly on a logarithmic scale, as floats of
+The adaptive values from $v_0 = 0$ to 1 lie nearly evenly on a logarithmic scale, as floats of
 few bits do, and each block has its own step. The step is one of 64, from 64 to 4.1 values for a
 factor of two (half as many for ``adaptive``), and the finest one that reaches down to the smallest
 magnitude of the block: the finest reaches down by a factor of 2**4, the coarsest by 2**61. The last
@@ -25,25 +22,6 @@ and codes decoded, by arithmetic on the bits of floats: no table is searched or 
 ``adaptive_root`` encodes the square root: a second moment enters Adam under a root, so that is
 where its precision is wanted. Zero, and zero alone, has its code zero. ``adaptive`` rounds what is
 smaller than its smallest value to zero or to that value.
-=======
-last, see ``block_shape``. Axes before these are never joined: slicing and mapping a stack of
-matrices does the same to codes and scales. The scale of a block is its largest
-magnitude, and a code stands for a value of its encoding times that:
-
-| encoding | codes | values |
-|---|---|---|
-| dynamic | int8 | the signed dynamic map of Dettmers et al. 2022, arXiv:2110.02861 |
-| dynamic_unsigned | uint8 | its unsigned map |
-| dynamic_root | uint8 | squares of the unsigned map |
-| int8 | int8 | $k / 127$, $-127 \le k \le 127$ |
-| int4 | int4 | $k / 7$, $-7 \le k \le 7$ |
-
-The dynamic maps divide each decade $[10^{-d-1}, 10^{-d}]$, d from 0 to 6, evenly into
-$2^{6-d}$ bins (the unsigned one into twice as many), whose middles are their values, along
-with 0 and 1. A value is found, and a code decoded, by arithmetic: no table is searched or gathered
-from. ``dynamic_root`` encodes the square root: a second moment enters Adam under a root, so that is
-where its precision is wanted, and it reaches over 14 decades, not 7. Zero has the code zero.
->>>>>>> main
 """
 
 from collections.abc import Iterable, Sequence
@@ -79,13 +57,8 @@ class Quantized(NamedTuple):
 
     Attributes:
       codes: of the array's shape; int8, uint8 or int4.
-<<<<<<< HEAD
       scales: float32; of the array's shape with the last two axes divided by
         ``galore_jax.blocks.block_shape``, rounded up.
-=======
-      scales: float32; of the array's shape with the last two axes divided by ``block_shape``,
-        rounded up.
->>>>>>> main
       encoding: what the codes stand for.
       block_size: the most values that share a scale.
     """
@@ -153,13 +126,8 @@ def quantize(
       block_size: values that share a scale, at least 1.
       noise: of the array's shape, uniform in [0, 1): of the two neighbouring values the upper is
         taken in proportion to nearness, so that the mean is the value itself (its root for
-<<<<<<< HEAD
         ``adaptive_root``). None rounds to nearest.
-      scales: :func:`block_scales` of the array where they are known already.
-=======
-        ``dynamic_root``). None rounds to nearest.
       scales: ``block_scales`` of the array where they are known already.
->>>>>>> main
 
     Returns:
       The quantised array. Zeros stay zeros. A block with a value that is not finite becomes NaN.
@@ -198,16 +166,12 @@ def block_scales(
     block_size: int = BLOCK_SIZE,
     smallest: jax.Array | None = None,
 ) -> jax.Array:
-<<<<<<< HEAD
-    """Returns the scales that :func:`quantize` gives an array, float32.
+    """Returns the scales that ``quantize`` gives an array, float32.
 
     Args:
-      array, encoding, block_size: see :func:`quantize`.
+      array, encoding, block_size: see ``quantize``.
       smallest: of the scales' shape, how far down in each block the values of an adaptive encoding
-        have to reach; None for its :func:`smallest_magnitudes`.
-=======
-    """The scales that ``quantize`` gives an array: each block's largest magnitude, float32.
->>>>>>> main
+        have to reach; None for its ``smallest_magnitudes``.
 
     Raises:
       TypeError, ValueError: see ``quantize``.
@@ -261,11 +225,7 @@ def quantized_zeros(
     encoding: Encoding,
     block_size: int = BLOCK_SIZE,
 ) -> Quantized:
-<<<<<<< HEAD
     """Returns zeros, sharded as the given axes of a leaf, see ``galore_jax.sharding.zeros_beside``.
-=======
-    """Zeros, sharded as the given axes of a leaf, see ``galore_jax.sharding.zeros_beside``.
->>>>>>> main
 
     >>> import jax.numpy as jnp
     >>> quantized_zeros(jnp.ones((8, 600)), (0, 1), (8, 600), "adaptive").scales.shape
@@ -338,42 +298,9 @@ def quantize_like(old: Any, new: Any) -> Any:
     return jax.tree.map(like, old, new, is_leaf=is_quantized)
 
 
-<<<<<<< HEAD
 def _beside(scales: jax.Array, blocks: jax.Array) -> jax.Array:
     """Returns scales in a shape that broadcasts to blocks."""
     return scales.reshape(*blocks.shape[:-3], 1, blocks.shape[-2], 1)
-=======
-def dithering(shape: tuple[int, ...], count: jax.typing.ArrayLike) -> jax.Array:
-    """Noise for ``quantize`` that sweeps [0, 1) evenly in time: a golden-ratio sequence.
-
-    Each value starts from a hash of its index, and moves by the golden ratio with the count. A
-    change too small for the code is then made once in so many updates, nearly as exactly as if the
-    remainder had been kept, with far less noise than independent random numbers have.
-
-    Args:
-      shape: of the noise.
-      count: updates so far, () int.
-
-    Returns:
-      float32 of that shape, uniform in [0, 1).
-
-    >>> noise = dithering((1000,), 3)
-    >>> abs(noise.mean().item() - 0.5) < 0.03
-    True
-    """
-    index, stride = jnp.zeros(shape, jnp.uint32), 1
-    for axis in reversed(range(len(shape))):
-        index += jax.lax.broadcasted_iota(jnp.uint32, shape, axis) * jnp.uint32(stride % 2**32)
-        stride *= shape[axis]
-    # The finaliser of MurmurHash3 (public domain).
-    index ^= index >> 16
-    index *= jnp.uint32(0x85EBCA6B)
-    index ^= index >> 13
-    index *= jnp.uint32(0xC2B2AE35)
-    index ^= index >> 16
-    index += jnp.asarray(count).astype(jnp.uint32) * jnp.uint32(0x9E3779B9)
-    return (index >> 8).astype(jnp.float32) * jnp.float32(2.0**-24)
->>>>>>> main
 
 
 def _adaptive_grid(scales: jax.Array, encoding: Encoding) -> tuple[jax.Array, jax.Array]:

@@ -63,30 +63,26 @@ def apply_updates(
 ) -> optax.Params:
     """``optax.apply_updates`` with a choice of how sums are rounded to bfloat16.
 
-        A bfloat16 weight has eight bits: rounded to nearest, an update below a 256th to a 512th of it
-        is lost, every time. Stochastic rounding takes the upper neighbour in proportion to nearness, so
-        that weights move by the updates on average. Its noise is
-    <<<<<<< HEAD
-        ``dithering``, a function of the count alone.
-    =======
-        ``galore_jax.quantization.dithering``, a function of the count alone.
-    >>>>>>> main
+    A bfloat16 weight has eight bits: rounded to nearest, an update below a 256th to a 512th of it
+    is lost, every time. Stochastic rounding takes the upper neighbour in proportion to nearness, so
+    that weights move by the updates on average. Its noise is
+    ``dithering``, a function of the count alone.
 
-        Args:
-          params: the weights; those of other dtypes than bfloat16 are rounded to nearest.
-          updates: what is added, of the same structure.
-          count: number of updates before this one, () int.
-          rounding: ``"nearest"`` or ``"stochastic"``.
+    Args:
+      params: the weights; those of other dtypes than bfloat16 are rounded to nearest.
+      updates: what is added, of the same structure.
+      count: number of updates before this one, () int.
+      rounding: ``"nearest"`` or ``"stochastic"``.
 
-        Returns:
-          The new weights, in their dtypes.
+    Returns:
+      The new weights, in their dtypes.
 
-        >>> import jax.numpy as jnp
-        >>> weights = jnp.ones(10_000, jnp.bfloat16)
-        >>> for count in range(8):
-        ...     weights = apply_updates(weights, jnp.full(10_000, 2.0**-10), count)
-        >>> round((weights.astype(jnp.float32).mean().item() - 1) * 2**10, 1)
-        8.0
+    >>> import jax.numpy as jnp
+    >>> weights = jnp.ones(10_000, jnp.bfloat16)
+    >>> for count in range(8):
+    ...     weights = apply_updates(weights, jnp.full(10_000, 2.0**-10), count)
+    >>> round((weights.astype(jnp.float32).mean().item() - 1) * 2**10, 1)
+    8.0
     """
     if rounding not in ROUNDINGS:
         raise ValueError(f"rounding must be one of {', '.join(ROUNDINGS)}, got {rounding!r}")

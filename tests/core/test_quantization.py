@@ -91,13 +91,14 @@ def test_relative_error_down_to_the_smallest_value(encoding, binades):
 @pytest.mark.parametrize("encoding", ENCODINGS)
 def test_zero_stays_zero_for_every_noise(encoding):
     # With 1 - noise, which is 1 once in 2**24 draws, it does not.
-    array = jnp.zeros((2**12, 256)).at[:, 0].set(1.0)
+    array = jnp.zeros((2**12, 257)).at[:, 0].set(1.0)
 
     @jax.jit
     def codes(array, number):
         values = jax.lax.iota(jnp.int32, 2**20) + number * 2**20
         noise = values.reshape(-1, 256).astype(jnp.float32) * jnp.float32(2.0**-24)
-        return quantize(array, encoding, noise=noise).codes[:, 1:]
+        noise = jnp.pad(noise, ((0, 0), (1, 0)))
+        return quantize(array, encoding, noise=noise, block_size=257).codes[:, 1:]
 
     for number in range(16):
         assert not codes(array, number).any()
