@@ -96,27 +96,32 @@ def test_follows_adam_where_values_in_a_block_differ_by_decades(name):
     assert error.mean() < min(0.18, theirs_error / 3)
 
 
-def test_learns_from_a_gradient_of_low_rank_in_galore():
+def test_follows_adam_in_galore_on_a_gradient_of_low_rank():
     # The projected gradient has rows that are zero but for rounding, in a block with large ones.
     rng = np.random.default_rng(0)
     x = jnp.asarray(rng.standard_normal((512, 2)) @ rng.standard_normal((2, 64)), jnp.float32)
     target = x @ jnp.asarray(rng.standard_normal((64, 64)) / 8, jnp.float32)
     loss = lambda w: jnp.sum(jnp.square(x @ w - target))  # noqa: E731
-    after = []
+    found = []
     for inner in (optax.adamw(1e-2), adamw8bit(1e-2, min_8bit_size=0)):
         tx = galore(inner, rank=16)
 
-        def step(carry, _, tx=tx):
-            weights, state = carry
-            updates, state = tx.update(jax.grad(loss)(weights), state, weights)
-            return (optax.apply_updates(weights, updates), state), loss(weights)
+        @jax.jit
+        def several(carry, tx=tx):
+            def step(carry, _):
+                weights, state = carry
+                updates, state = tx.update(jax.grad(loss)(weights), state, weights)
+                weights = optax.apply_updates(weights, updates)
+                return (weights, state), jnp.abs(updates).max()
+
+            (weights, _), largest = jax.lax.scan(step, carry, length=190)
+            return loss(weights), largest.max()
 
         weights = jnp.zeros((64, 64))
-        updates, state = tx.update(jax.grad(loss)(weights), tx.init(weights), weights, refresh=True)
-        carry = optax.apply_updates(weights, updates), state
-        _, losses = jax.jit(lambda c, step=step: jax.lax.scan(step, c, length=150))(carry)
-        after.append(float(losses[-1]))
-    assert after[1] < 1.5 * after[0] + 1e-6 * float(loss(jnp.zeros((64, 64))))
+        found.append(several((weights, tx.init(weights))))
+    (exact_loss, exact_largest), (our_loss, largest) = found
+    assert largest < 2 * exact_largest
+    assert our_loss < 1.5 * exact_loss
 
 
 @jax.jit
