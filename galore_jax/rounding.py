@@ -79,10 +79,10 @@ def apply_updates(
 
     >>> import jax.numpy as jnp
     >>> weights = jnp.ones(10_000, jnp.bfloat16)
-    >>> for count in range(8):
-    ...     weights = apply_updates(weights, jnp.full(10_000, 2.0**-10), count)
-    >>> round((weights.astype(jnp.float32).mean().item() - 1) * 2**10, 1)
-    8.0
+    >>> for count in range(64):
+    ...     weights = apply_updates(weights, jnp.full(10_000, 2.0**-13), count)
+    >>> round((weights.astype(jnp.float32).mean().item() - 1) * 2**13, 1)
+    64.0
     """
     if rounding not in ROUNDINGS:
         raise ValueError(f"rounding must be one of {', '.join(ROUNDINGS)}, got {rounding!r}")
