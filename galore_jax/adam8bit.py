@@ -7,17 +7,17 @@ import jax
 import jax.numpy as jnp
 import optax
 
+from galore_jax.blocks import BLOCK_SIZE, check_block_size
 from galore_jax.quantization import (
-    BLOCK_SIZE,
     Encoding,
     Quantized,
     block_scales,
-    check_block_size,
     dequantize,
-    dithering,
     quantize,
     quantized_zeros,
+    smallest_magnitudes,
 )
+from galore_jax.rounding import dithering
 from galore_jax.sharding import zeros_beside
 
 
@@ -33,12 +33,17 @@ def scale_by_adam8bit(
 ) -> optax.GradientTransformation:
     r"""``optax.scale_by_adam`` with moments of one byte a value and four a block.
 
-    Each update decodes both moments to float32, is Adam's with these, and encodes the new ones:
-    the first by the signed dynamic map, the second, under its root, by the unsigned one. Two things
-    differ from the paper, where small relative second moments round to zero beside a first moment
-    that does not, and where changes smaller than half a code (``1 - b2`` is a thousandth, a code a
-    hundredth) are lost, so that moments stick: the root, and dithered rounding
-    (``galore_jax.quantization.dithering``, a function of the step count alone).
+    Each update decodes both moments to float32, is Adam's with these, and encodes the new ones.
+    Three things differ from the paper, in which small second moments round to zero beside a first
+    moment that does not, and changes smaller than half a code are lost, so that moments stick
+    (``1 - b2`` is a thousandth, a code a hundredth):
+
+    - The second moment is encoded under its root. It never becomes zero by rounding.
+    - The codes of a block reach down to its smallest second moment
+      (``galore_jax.quantization``, ``adaptive``), and those of the first moment as far. A first
+      moment that is too small for a code is then much smaller than the root of its second.
+    - Rounding is dithered, by ``galore_jax.rounding.dithering``, a function of the step count
+      alone. It rounds both moments of a value up together, which keeps their ratio.
 
     Args:
       b1, b2, eps, eps_root, nesterov: see ``optax.scale_by_adam``.
@@ -68,17 +73,17 @@ def scale_by_adam8bit(
         raise ValueError(f"min_8bit_size must be an int of at least 0, got {min_8bit_size!r}")
 
     def zeros(params: Any, encoding: Encoding) -> Any:
-        def of(leaf: Any) -> Any:
+        def leaf_zeros(leaf: Any) -> Any:
             axes, shape = range(jnp.ndim(leaf)), jnp.shape(leaf)
             if jnp.ndim(leaf) == 0 or jnp.size(leaf) < max(min_8bit_size, 1):
                 return zeros_beside(leaf, axes, shape, jnp.float32)
             return quantized_zeros(leaf, axes, shape, encoding, block_size)
 
-        return jax.tree.map(of, params)
+        return jax.tree.map(leaf_zeros, params)
 
     def init(params: optax.Params) -> optax.ScaleByAdamState:
         return optax.ScaleByAdamState(
-            jnp.zeros([], jnp.int32), zeros(params, "dynamic"), zeros(params, "dynamic_root")
+            jnp.zeros([], jnp.int32), zeros(params, "adaptive"), zeros(params, "adaptive_root")
         )
 
     def update(
@@ -93,11 +98,10 @@ def scale_by_adam8bit(
             mu = b1 * _decoded(old_mu) + (1 - b1) * g
             return mu, b2 * _decoded(old_nu) + (1 - b2) * jnp.square(g)
 
-        def of(gradient: jax.Array, old_mu: Any, old_nu: Any) -> tuple[Any, Any, Any]:
+        def update_leaf(gradient: jax.Array, old_mu: Any, old_nu: Any) -> tuple[Any, Any, Any]:
             scales = None, None
             if isinstance(old_mu, Quantized):
-                mu, nu = moments(gradient, old_mu, old_nu)
-                scales = _scales_as(old_mu, mu), _scales_as(old_nu, nu)
+                scales = _scales(*moments(gradient, old_mu, old_nu), old_mu.block_size)
                 # New moments are computed again after their scales are known: in float32 they
                 # would be twice the leaf's size in memory.
                 operands = scales, gradient, old_mu, old_nu
@@ -111,16 +115,19 @@ def scale_by_adam8bit(
             step = ahead / (jnp.sqrt(nu / _debias(b2, count) + eps_root) + eps)
             if isinstance(old_mu, Quantized):
                 noise = dithering(g.shape, count)
-                return (
-                    step.astype(gradient.dtype),
-                    _as(old_mu, mu, scales[0], 1 - noise),
-                    _as(old_nu, nu, scales[1], noise),
+                mu, nu = (
+                    quantize(
+                        new, old.encoding, block_size=old.block_size, noise=noise, scales=scale
+                    )
+                    for new, old, scale in zip((mu, nu), (old_mu, old_nu), scales, strict=True)
                 )
-            return step.astype(gradient.dtype), mu.astype(jnp.float32), nu.astype(jnp.float32)
+            else:
+                mu, nu = mu.astype(jnp.float32), nu.astype(jnp.float32)
+            return step.astype(gradient.dtype), mu, nu
 
         leaves, treedef = jax.tree.flatten(updates)
-        of_moments = treedef.flatten_up_to(state.mu), treedef.flatten_up_to(state.nu)
-        new = [of(*each) for each in zip(leaves, *of_moments, strict=True)]
+        old = treedef.flatten_up_to(state.mu), treedef.flatten_up_to(state.nu)
+        new = [update_leaf(*each) for each in zip(leaves, *old, strict=True)]
         steps, mu, nu = (treedef.unflatten([each[i] for each in new]) for i in range(3))
         return steps, optax.ScaleByAdamState(count, mu, nu)
 
@@ -171,9 +178,10 @@ def _decoded(moment: Any) -> jax.Array:
     return dequantize(moment) if isinstance(moment, Quantized) else moment
 
 
-def _scales_as(old: Quantized, value: jax.Array) -> jax.Array:
-    return block_scales(value, old.encoding, block_size=old.block_size)
-
-
-def _as(old: Quantized, value: jax.Array, scales: Any, noise: jax.Array) -> Quantized:
-    return quantize(value, old.encoding, block_size=old.block_size, noise=noise, scales=scales)
+def _scales(mu: jax.Array, nu: jax.Array, block_size: int) -> tuple[jax.Array, jax.Array]:
+    """Returns the scales of both moments, whose codes reach down to the smallest root of ``nu``."""
+    smallest = smallest_magnitudes(jnp.sqrt(nu), block_size)
+    return (
+        block_scales(mu, "adaptive", block_size=block_size, smallest=smallest),
+        block_scales(nu, "adaptive_root", block_size=block_size, smallest=smallest),
+    )

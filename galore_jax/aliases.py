@@ -8,10 +8,10 @@ import jax
 import optax
 
 from galore_jax.adam8bit import adamw8bit
+from galore_jax.blocks import BLOCK_SIZE
 from galore_jax.galore import galore
 from galore_jax.galore_torch import decay_weights, scale_by_galore_torch_adam
 from galore_jax.options import GaLoreOptions
-from galore_jax.quantization import BLOCK_SIZE
 from galore_jax.weights import Rank
 
 Alias = TypeVar("Alias", bound=Callable[..., Any])
