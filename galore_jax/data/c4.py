@@ -19,7 +19,7 @@ from galore_jax.data import shards
 from galore_jax.data.shards import Shards
 from galore_jax.errors import UserError
 
-_SPLITS = ("train", "validation")
+_SPLITS = ("validation", "train")
 _SECONDS_TO_LOOK = 3.0  # at shards before training: the first batches meet the rest
 _HOW_TO = (
     "prepare it with tfds.builder('c4/en', data_dir=DIR, file_format='array_record')"

@@ -120,17 +120,14 @@ def _json_text(line: bytes, place: str) -> str:
 
 
 def read_tfrecords(path: Path, position: int, *, features: Any) -> _Records:
-    """Reads a TFRecord shard from byte ``position`` on; UserErrors say where it is damaged.
-
-    The checksums are not looked at.
-    """
+    """Reads a TFRecord shard from byte ``position`` on; UserErrors say where it is damaged."""
     try:
         with path.open("rb") as file:
             size = os.fstat(file.fileno()).st_size
             if not size:
                 raise EOFError("the file is empty")
             file.seek(position)
-            # A length of 8 bytes and its checksum, the record, its checksum; checksums have 4.
+            # A length of 8 bytes, a checksum of 4, the record, a checksum of 4: these go unread.
             while header := file.read(12):
                 end = position + 12 + int.from_bytes(header[:8], "little") + 4
                 if len(header) < 12 or end > size:

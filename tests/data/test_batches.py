@@ -285,8 +285,8 @@ def test_a_forgotten_iterator_does_not_wait_for_its_thread(tmp_path, tokenizer_p
 
 
 @pytest.mark.timeout(120)
-def test_thousands_of_iterators_while_garbage_is_collected(c4, tokenizer_path):
-    data = open_data(c4, tokenizer_path, packing=True)
+def test_thousands_of_iterators_while_garbage_is_collected(tmp_path, tokenizer_path):
+    data = open_data(str(write_json(tmp_path)), tokenizer_path, packing=True)
     done = threading.Event()
 
     def make_iterators(seed):
@@ -307,6 +307,7 @@ def test_thousands_of_iterators_while_garbage_is_collected(c4, tokenizer_path):
                 cycle.append(cycle)
                 other.submit(gc.collect).result()
 
+    gc.freeze()  # collections are quick, and many, where only new objects are looked at
     collector = threading.Thread(target=submit_and_collect)
     collector.start()
     try:
@@ -315,6 +316,7 @@ def test_thousands_of_iterators_while_garbage_is_collected(c4, tokenizer_path):
     finally:
         done.set()
         collector.join()
+        gc.unfreeze()
 
 
 def test_any_integer_is_a_seed(c4, tokenizer_path):
