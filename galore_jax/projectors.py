@@ -57,8 +57,7 @@ def find_projector(
       power_iterations: rounds of subspace iteration or of the randomized projector, at least 1.
 
     >>> import jax, jax.numpy as jnp
-    >>> g = jnp.diag(jnp.array([1.0, -3.0, 2.0]))
-    >>> old, key = jnp.zeros((3, 1)), jax.random.key(0)
+    >>> g, old, key = jnp.diag(jnp.array([1.0, -3.0, 2.0])), jnp.zeros((3, 1)), jax.random.key(0)
     >>> find_projector("svd", g, 1, "left", old=old, key=key).round().tolist()
     [[0.0], [1.0], [0.0]]
     """
@@ -93,8 +92,7 @@ def refresh_leaves(
       gradients: a tree of full gradients.
       specs: a ``MatrixSpec`` for each leaf that is projected, else None.
       stored: the projectors so far, as they are stored: zeros if there are none yet.
-      moments: trees of first moments, perhaps quantised, from
-        ``galore_jax.projection.split_first_moments``.
+      moments: trees of first moments, from ``galore_jax.projection.split_first_moments``.
 
     Returns:
       The projectors and the moments, stored as before.

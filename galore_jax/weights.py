@@ -262,16 +262,13 @@ def projection_mask(
     if must_match and target_modules is not None and paths and not any(jax.tree.leaves(mask)):
         raise ValueError(
             f"target_modules={target_modules!r} matches no leaf of two axes or more; paths are "
-            + ", ".join(paths[:5])
-            + (", ..." if len(paths) > 5 else "")
+            + ", ".join(paths[:5] + ["..."] * (len(paths) > 5))
         )
     return mask
 
 
 def leaf_path(key_path: tuple[Any, ...]) -> str:
-    """Joins a leaf's keys by ``/``, as ``target_modules`` sees them.
-
-    The ``.value`` that Flax NNX puts behind each key of a state is left out.
+    """Joins a leaf's keys by ``/``, without the ``.value`` that Flax NNX puts behind them.
 
     >>> import jax
     >>> [leaf_path(path) for path, _ in jax.tree_util.tree_leaves_with_path({"mlp": {"kernel": 0}})]
