@@ -290,8 +290,13 @@ def _wrap(optimizer: optax.GradientTransformation, options: CheckedOptions) -> G
         like = (params if some_projected else updates, state)
         return in_auto_mode(update, (updates, state, params), extra_args, like=like)
 
+    def refresh_on_any_mesh(gradients: Any, state: Any, params: Any = None) -> GaLoreState:
+        if not _on_explicit_mesh((gradients, state, params)):
+            return refresh(gradients, state, params)
+        return in_auto_mode(refresh, (gradients, state, params), {}, like=state)
+
     transformation = GaLore(init, update_on_any_mesh)
-    transformation.refresh = refresh
+    transformation.refresh = refresh_on_any_mesh
     return transformation
 
 

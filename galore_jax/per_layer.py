@@ -117,7 +117,7 @@ def over_stacks(
         if traced := _traced(on_stacks, updates, state, params):
             return traced()
         plain = jax.eval_shape(optimizer.init, updates)
-        if _types(plain) != _types(state):
+        if jax.tree.map(jnp.shape, plain) != jax.tree.map(jnp.shape, state):
             raise ValueError(
                 "the optimizer lets leaves depend on each other (a global norm?) and keeps "
                 "more than moments of a leaf's shape: on stacked leaves these do not go "
@@ -262,7 +262,3 @@ def _traced(fn: Any, *arguments: Any) -> Callable[[], Any] | None:
     if not any(isinstance(leaf, Tracer) for leaf in leaves):
         return lambda: fn(*arguments)  # a new program would be compiled anew at each eager call
     return lambda: jax.tree.unflatten(jax.tree.structure(out), jaxpr_as_fun(program)(*leaves))
-
-
-def _types(tree: Any) -> Any:
-    return jax.tree.map(lambda x: (jnp.shape(x), jnp.result_type(x)), tree)

@@ -25,8 +25,7 @@ from galore_jax.projection import (
     rotate,
     scaled,
 )
-from galore_jax.quantization import quantize_like
-from galore_jax.weights import MatrixSpec
+from galore_jax.quantization import is_quantized, quantize_like
 
 ProjectorMethod = Literal["svd", "eigh", "subspace_iteration", "randomized", "random"]
 PROJECTOR_METHODS: tuple[ProjectorMethod, ...] = get_args(ProjectorMethod)
@@ -99,23 +98,23 @@ def refresh_leaves(
     """
     is_static = isinstance(power_iterations, int)
     rounds = (power_iterations, None) if is_static else (None, power_iterations)
-
-    def refresh(gradient: Any, spec: MatrixSpec | None, stored: Any, *moments: Any) -> Any:
+    leaves, treedef = jax.tree_util.tree_flatten_with_path(gradients)
+    new = treedef.flatten_up_to(stored)
+    # By their paths: a whole subtree that a mask leaves out is one node of a moment.
+    flat = [jax.tree_util.tree_flatten_with_path(m, is_leaf=is_quantized) for m in moments]
+    nodes = [dict(with_paths) for with_paths, _ in flat]
+    for i, ((path, gradient), spec) in enumerate(
+        zip(leaves, treedef.flatten_up_to(specs), strict=True)
+    ):
         if spec is None:
-            return stored, *moments
-        turns = [getattr(moment, "shape", None) == spec.low_shape for moment in moments]
-        turning = [moment for moment, turn in zip(moments, turns, strict=True) if turn]
-        new, turned = _refreshed(
-            method, spec, *rounds, key, spec.to_matrix(gradient), stored, turning
-        )
-        return new, *(turned.pop(0) if turn else m for m, turn in zip(moments, turns, strict=True))
-
-    leaves, treedef = jax.tree.flatten(gradients)
-    trees = [treedef.flatten_up_to(tree) for tree in (specs, stored, *moments)]
-    new = [refresh(*row) for row in zip(leaves, *trees, strict=True)]
-    columns = zip(*new, strict=True) if new else [()] * (1 + len(moments))
-    projectors, *moments = map(treedef.unflatten, columns)
-    return projectors, moments
+            continue
+        turning = [m for m in nodes if getattr(m.get(path), "shape", None) == spec.low_shape]
+        operands = spec.to_matrix(gradient), new[i], [moment[path] for moment in turning]
+        new[i], turned = _refreshed(method, spec, *rounds, key, *operands)
+        for moment, node in zip(turning, turned, strict=True):
+            moment[path] = node
+    trees = zip(flat, nodes, strict=True)
+    return treedef.unflatten(new), [tree.unflatten(m.values()) for (_, tree), m in trees]
 
 
 @functools.partial(jax.jit, static_argnums=(0, 1, 2))

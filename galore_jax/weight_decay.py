@@ -79,7 +79,9 @@ def update_and_decay(
     for i, slope, at_zero in zip(chosen, slopes, slopes_at_zero, strict=True):
         if i in reads_params:
             first = slope.ravel()[0]
-            is_decay = ((slope == first) & (at_zero == first)).all()
+            is_decay = (slope == first).all()
+            if math.prod(spec[i].low_shape[-2:]) == 1:
+                is_decay &= (at_zero == first).all()
             decay[i] = jnp.where(is_decay, first, jnp.zeros_like(first))
     return new_updates, treedef.unflatten(decay), new_state
 

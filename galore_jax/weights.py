@@ -102,9 +102,8 @@ def on_matrices(fn: Callable[..., Any], specs: Any, tree: Any, *rest: Any) -> An
 
 def low_rank_gradient(spec: MatrixSpec, leaf: Any, projector: Any) -> jax.Array:
     """Projects one leaf to R, of the shape ``spec.low_shape``; takes R itself if it has that."""
-    if is_projected_gradient(leaf):
-        return leaf.low_rank
-    return project(spec.to_matrix(leaf), projector, spec.side)
+    is_low = is_projected_gradient(leaf)
+    return leaf.low_rank if is_low else project(spec.to_matrix(leaf), projector, spec.side)
 
 
 def check_fit(specs: Any, updates: Any, projectors: Any) -> None:
@@ -122,15 +121,15 @@ def check_fit(specs: Any, updates: Any, projectors: Any) -> None:
             return
         wanted = spec and (spec.low_shape, spec.side)
         found = (jnp.shape(gradient.low_rank), gradient.side)
-        if found != wanted:
+        if spec is None or found != wanted:
             raise ValueError(
                 f"a gradient of shape {gradient.shape} comes projected to {found}, where these "
                 f"settings have {wanted or 'no projection'}"
             )
-        if spec is not None and not spec.is_kernel:
+        if not spec.is_kernel:
             raise ValueError(
-                f"a gradient of shape {gradient.shape} comes projected as a kernel's of its last "
-                "two axes, and weight_dimension_numbers names others: leave it out of kernels=..."
+                f"a gradient of shape {gradient.shape} comes projected along its last two axes, "
+                "and weight_dimension_numbers names others: leave it out of kernels=..."
             )
 
     jax.tree.map(check, updates, specs, projectors, is_leaf=is_projected_gradient)
@@ -170,7 +169,8 @@ def matrix_specs(
     >>> specs["bias"], specs["kernel"].side
     (None, 'left')
     """
-    leaves, treedef = jax.tree_util.tree_flatten_with_path(params, is_leaf=is_projected_gradient)
+    params = jax.tree.map(_full_shape, params, is_leaf=is_projected_gradient)
+    leaves, treedef = jax.tree_util.tree_flatten_with_path(params)
     if not leaves:  # as optax.tree_utils.tree_map_params asks for a state's structure
         return params
     given = weight_dimension_numbers
@@ -257,7 +257,7 @@ def projection_mask(
             raise ValueError(f"{path} is {dtype}: GaLore projects real matrices; leave it out")
         return jnp.issubdtype(dtype, jnp.floating)
 
-    mask = jax.tree_util.tree_map_with_path(selected, params, is_leaf=is_projected_gradient)
+    mask = jax.tree_util.tree_map_with_path(selected, params)
     paths = [leaf_path(path) for path, _ in jax.tree_util.tree_leaves_with_path(params)]
     if must_match and target_modules is not None and paths and not any(jax.tree.leaves(mask)):
         raise ValueError(
@@ -270,9 +270,8 @@ def projection_mask(
 def leaf_path(key_path: tuple[Any, ...]) -> str:
     """Joins a leaf's keys by ``/``, without the ``.value`` that Flax NNX puts behind them.
 
-    >>> import jax
-    >>> [leaf_path(path) for path, _ in jax.tree_util.tree_leaves_with_path({"mlp": {"kernel": 0}})]
-    ['mlp/kernel']
+    >>> leaf_path((DictKey("mlp"), DictKey("kernel"), GetAttrKey("value")))
+    'mlp/kernel'
     """
     if key_path[-1:] == (GetAttrKey("value"),) and isinstance(key_path[-2:][0], DictKey):
         key_path = key_path[:-1]
@@ -300,6 +299,10 @@ def path_filter(patterns: Patterns | None, name: str = "target_modules") -> Call
     except re.error as error:
         raise ValueError(f"{name}={patterns!r} is no regular expression: {error}") from error
     return lambda path: any(pattern.search(path) for pattern in compiled)
+
+
+def _full_shape(leaf: Any) -> Any:
+    return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype) if is_projected_gradient(leaf) else leaf
 
 
 def _are_numbers(value: Any) -> bool:

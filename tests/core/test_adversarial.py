@@ -10,7 +10,7 @@ import numpy as np
 import optax
 import pytest
 from flax import nnx
-from jax.sharding import AxisType
+from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from galore_jax import galore, galore_adafactor, linear, projected_value_and_grad
@@ -305,6 +305,65 @@ def test_a_zero_gradient_at_the_first_refresh_is_no_dead_end():
     _, state = tx.update({"w": jnp.zeros((6, 10))}, tx.init(params), params)
     updates, _ = tx.update({"w": draw(6, 10, seed=1)}, state, params)
     assert float(jnp.abs(updates["w"]).max()) > 1e-3
+
+
+def test_a_global_norm_on_stacks_takes_gradients_of_another_dtype():
+    params = {"s": draw(3, 6, 10).astype(jnp.bfloat16), "w": draw(6, 10).astype(jnp.bfloat16)}
+    inner = optax.chain(optax.clip_by_global_norm(1.0), optax.adam(0.1))
+    tx = galore(inner, rank=2, target_modules=".")
+    grads = jax.tree.map(lambda x: x.astype(jnp.float32), params)
+    updates, _ = tx.update(grads, tx.init(params), params)
+    assert bool(jnp.isfinite(updates["s"]).all())
+
+
+def test_moments_turn_where_a_whole_subtree_is_masked():
+    params = {"a": {"w": draw(4, 5), "v": draw(4, 6)}, "b": {"w": draw(4, 5, seed=1)}}
+    inner = optax.partition(
+        {"x": optax.sgd(0.1, momentum=0.9), "y": optax.adam(0.1)}, {"a": "x", "b": "y"}
+    )
+    tx = galore(inner, rank=2, rotate_moments=True, update_proj_gap=1)
+    _, state = tx.update(params, tx.init(params), params)
+    updates, _ = tx.update(jax.tree.map(jnp.sin, params), state, params)
+    assert all(bool(jnp.isfinite(x).all()) for x in jax.tree.leaves(updates))
+
+
+class Gaussian(NamedTuple):
+    mu: jax.Array
+    sigma: jax.Array
+
+
+def test_a_param_that_is_called_mu_is_no_first_moment():
+    params = Gaussian(draw(6, 10), draw(6, 10, seed=1))
+    tx = galore(optax.adam(0.1), rank=2, rotate_moments=True, update_proj_gap=1)
+    _, first = tx.update(params, tx.init(params), params)
+    grads = jax.tree.map(jnp.sin, params)
+    _, second = tx.update(grads, first, params)
+    low = second.projector.mu.T @ grads.mu
+    nu = 0.999 * first.inner_state[0].nu.mu + 0.001 * low**2
+    np.testing.assert_allclose(second.inner_state[0].nu.mu, nu, rtol=1e-4)
+
+
+def test_functions_of_the_params_see_full_shapes_beside_projected_gradients():
+    numbers = optax.contrib.GaLoreDimensionNumbers(0, 1)
+    tx = galore(
+        optax.adam(1e-2),
+        rank=lambda path, leaf: 2 * leaf.ndim,
+        weight_dimension_numbers=lambda params: jax.tree.map(
+            lambda x: numbers if x.ndim == 2 else None, params
+        ),
+    )
+    state = tx.refresh(jax.grad(loss_fn)(PARAMS), tx.init(PARAMS), PARAMS)
+    _, grads = projected_value_and_grad(loss_fn)(PARAMS, state)
+    updates, _ = tx.update(grads, state, PARAMS, refresh=False)
+    assert jax.tree.map(jnp.shape, updates) == jax.tree.map(jnp.shape, PARAMS)
+
+
+def test_refresh_on_an_explicit_mesh():
+    mesh = jax.make_mesh((1,), ("x",), axis_types=(AxisType.Explicit,))
+    params = {"w": jax.device_put(draw(6, 10), NamedSharding(mesh, P("x", None)))}
+    tx = galore(optax.adam(0.1), rank=2)
+    state = tx.refresh(params, tx.init(params), params)
+    assert float(jnp.abs(state.projector["w"]).sum()) > 0
 
 
 @pytest.mark.parametrize("target", ["attn", None])
