@@ -186,7 +186,9 @@ def block_scales(
         raise ValueError("a scalar has no blocks to quantise; keep it as it is")
     array = _coded(array, encoding)
     blocks = in_blocks(array, block_size)
-    scales = jnp.abs(blocks).max(axis=(-3, -1)).reshape(scales_shape(array.shape, block_size))
+    # The bits of magnitudes are ordered as they are, NaN last: XLA's maximum of floats may lose it.
+    largest = _floats(_bits(jnp.abs(blocks)).max(axis=(-3, -1)))
+    scales = largest.reshape(scales_shape(array.shape, block_size))
     scales = jnp.where(scales < _TINY, 0, jnp.where(scales < jnp.inf, scales, jnp.nan))
     if encoding in _LEVELS:
         return scales

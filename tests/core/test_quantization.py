@@ -136,6 +136,17 @@ def test_finite_numbers_never_give_nan(encoding, size):
 
 
 @pytest.mark.parametrize("encoding", ENCODINGS)
+@pytest.mark.parametrize("bad", [np.nan, -np.nan, np.inf])
+def test_what_is_not_finite_makes_its_block_nan(encoding, bad):
+    # In several rows: there XLA's maximum on CPUs ignores a NaN.
+    given = jnp.abs(jax.random.normal(jax.random.key(0), (8, 512)))
+    for column in (0, 7, 255):
+        found = np.isnan(there_and_back(given.at[2, column].set(bad), encoding))
+        assert found[2, :256].all()
+        assert found.sum() == 256
+
+
+@pytest.mark.parametrize("encoding", ENCODINGS)
 def test_stochastic_rounding_is_right_on_average(encoding):
     # Noise that sweeps evenly: after 400 counts a mean is off by a bin over 400, and a bin is at
     # most as large as the value it is next to. Unsigned shares below the least value are left out.
