@@ -164,7 +164,6 @@ def matrix_specs(
     Raises:
       TypeError, ValueError: numbers or ranks that do not fit a leaf (its path is named).
 
-    >>> import jax.numpy as jnp
     >>> specs = matrix_specs({"bias": jnp.ones(6), "kernel": jnp.ones((4, 6))}, rank=2)
     >>> specs["bias"], specs["kernel"].side
     (None, 'left')
@@ -238,7 +237,6 @@ def projection_mask(
       TypeError, ValueError: patterns that are no strings, no regular expressions, or select
         nothing (paths are listed); a selected leaf of complex numbers.
 
-    >>> import jax.numpy as jnp
     >>> params = {"embed": jnp.ones((8, 4)), "mlp": {"kernel": jnp.ones((2, 4, 6))}}
     >>> projection_mask(params), projection_mask(params, "mlp")
     ({'embed': True, 'mlp': {'kernel': False}}, {'embed': False, 'mlp': {'kernel': True}})
