@@ -219,10 +219,11 @@ def test_plot_needs_a_known_ending(tmp_path):
 
 @pytest.mark.parametrize(
     ("updates", "projected", "most"),
-    [("standard", False, 42.1), ("standard", True, 36.9), ("layerwise", True, 27.4)],
+    [("standard", False, 45.4), ("standard", True, 36.9), ("layerwise", True, 27.4)],
 )
 def test_compiled_temporaries_do_not_grow(updates, projected, most):
-    # MiB on a CPU, measured with jaxlib 0.10.2; 5 % for other versions' scheduling.
+    # MiB on a CPU, measured with jaxlib 0.10.2; 5 % for other versions' scheduling. The first was
+    # 42.1 until the codes of 8-bit states reached down to the smallest value of each block.
     config = tiny_config(
         "optimizer=adamw8bit",
         updates=updates,

@@ -379,7 +379,10 @@ with Checkpoints(run, keep=1) as checkpoints:
             checkpoints.wait()
         except UserError as error:
             print(error)
-        os.unlink(filler)
+        else:
+            break
+        finally:
+            os.unlink(filler)
 """
 
 
