@@ -18,7 +18,9 @@ def seen():
     environment = {
         **os.environ,
         "JAX_PLATFORMS": "cpu",
-        "XLA_FLAGS": "--xla_force_host_platform_device_count=8",
+        # On a busy machine with fewer cores than devices, some arrive late where others wait.
+        "XLA_FLAGS": "--xla_force_host_platform_device_count=8 "
+        "--xla_cpu_collective_call_terminate_timeout_seconds=300",
         "PYTHONPATH": str(ROOT),
     }
     done = subprocess.run(
