@@ -1,13 +1,13 @@
 """Adam with both moments in 8 bits (Dettmers et al. 2022, arXiv:2110.02861)."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import optax
 
-from galore_jax.blocks import BLOCK_SIZE, check_block_size
+from galore_jax.blocks import BLOCK_SIZE, check_block_size, in_blocks, out_of_blocks
 from galore_jax.quantization import (
     Encoding,
     Quantized,
@@ -93,37 +93,50 @@ def scale_by_adam8bit(
         count = optax.safe_increment(state.count)
         next_count = optax.safe_increment(count)
 
-        def moments(gradient: jax.Array, old_mu: Any, old_nu: Any) -> tuple[Any, Any]:
-            g = gradient.astype(jnp.float32)
-            mu = b1 * _decoded(old_mu) + (1 - b1) * g
-            return mu, b2 * _decoded(old_nu) + (1 - b2) * jnp.square(g)
+        def moments(g: jax.Array, old_mu: Any, old_nu: Any) -> tuple[jax.Array, jax.Array]:
+            return b1 * old_mu + (1 - b1) * g, b2 * old_nu + (1 - b2) * jnp.square(g)
 
-        def update_leaf(gradient: jax.Array, old_mu: Any, old_nu: Any) -> tuple[Any, Any, Any]:
-            scales = None, None
-            if isinstance(old_mu, Quantized):
-                scales = _scales(*moments(gradient, old_mu, old_nu), old_mu.block_size)
-                # New moments are computed again after their scales are known: in float32 they
-                # would be twice the leaf's size in memory.
-                operands = scales, gradient, old_mu, old_nu
-                scales, gradient, old_mu, old_nu = jax.lax.optimization_barrier(operands)
-            g = gradient.astype(jnp.float32)
-            mu, nu = moments(gradient, old_mu, old_nu)
+        def direction(g: jax.Array, mu: jax.Array, nu: jax.Array) -> jax.Array:
             if nesterov:
                 ahead = b1 * mu / _debias(b1, next_count) + (1 - b1) * g / _debias(b1, count)
             else:
                 ahead = mu / _debias(b1, count)
-            step = ahead / (jnp.sqrt(nu / _debias(b2, count) + eps_root) + eps)
-            if isinstance(old_mu, Quantized):
-                noise = dithering(g.shape, count)
-                mu, nu = (
-                    quantize(
-                        new, old.encoding, block_size=old.block_size, noise=noise, scales=scale
-                    )
-                    for new, old, scale in zip((mu, nu), (old_mu, old_nu), scales, strict=True)
+            return ahead / (jnp.sqrt(nu / _debias(b2, count) + eps_root) + eps)
+
+        def update_quantized(
+            gradient: jax.Array, old_mu: Quantized, old_nu: Quantized
+        ) -> tuple[jax.Array, Quantized, Quantized]:
+            shape, size = gradient.shape, old_mu.block_size
+
+            # In the shape of blocks XLA makes one loop of it all, and keeps no float32 moment.
+            def in_float32(gradient: jax.Array, *old: Quantized) -> Any:
+                return (
+                    in_blocks(x.astype(jnp.float32), size)
+                    for x in (gradient, *map(dequantize, old))
                 )
-            else:
-                mu, nu = mu.astype(jnp.float32), nu.astype(jnp.float32)
+
+            def whole(blocks: Iterable[jax.Array]) -> Any:
+                return (out_of_blocks(x, shape) for x in blocks)
+
+            new = moments(*in_float32(gradient, old_mu, old_nu))
+            scales = _scales(*whole(new), block_size=size)
+            # New moments are computed again after their scales are known.
+            operands = scales, gradient, old_mu, old_nu
+            scales, gradient, old_mu, old_nu = jax.lax.optimization_barrier(operands)
+            g, *old = in_float32(gradient, old_mu, old_nu)
+            new = moments(g, *old)
+            step, mu, nu = whole((direction(g, *new), *new))
+            noise = dithering(shape, count)
+            mu = quantize(mu, old_mu.encoding, block_size=size, noise=noise, scales=scales[0])
+            nu = quantize(nu, old_nu.encoding, block_size=size, noise=noise, scales=scales[1])
             return step.astype(gradient.dtype), mu, nu
+
+        def update_leaf(gradient: jax.Array, old_mu: Any, old_nu: Any) -> tuple[Any, Any, Any]:
+            if isinstance(old_mu, Quantized):
+                return update_quantized(gradient, old_mu, old_nu)
+            g = gradient.astype(jnp.float32)
+            mu, nu = (x.astype(jnp.float32) for x in moments(g, old_mu, old_nu))
+            return direction(g, mu, nu).astype(gradient.dtype), mu, nu
 
         leaves, treedef = jax.tree.flatten(updates)
         old = treedef.flatten_up_to(state.mu), treedef.flatten_up_to(state.nu)
@@ -172,10 +185,6 @@ def adamw8bit(
 
 def _debias(b: float | jax.Array, count: jax.typing.ArrayLike) -> jax.Array:
     return 1 - jnp.power(jnp.float32(b), count)
-
-
-def _decoded(moment: Any) -> jax.Array:
-    return dequantize(moment) if isinstance(moment, Quantized) else moment
 
 
 def _scales(mu: jax.Array, nu: jax.Array, block_size: int) -> tuple[jax.Array, jax.Array]:
