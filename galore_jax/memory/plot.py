@@ -19,14 +19,14 @@ _PARTS = (
 )
 
 
-def check_path(path: Path) -> None:
+def check_path(path: Path, *, flag: str = "--plot") -> None:
     """Refuses, by a UserError, all but a .png or .svg in a folder, and a missing matplotlib."""
     if path.suffix not in (".png", ".svg"):
-        raise UserError(f"--plot={path} must end in .png or .svg")
+        raise UserError(f"{flag}={path} must end in .png or .svg")
     if not path.parent.is_dir():
-        raise UserError(f"--plot={path}: there is no folder {path.parent}")
+        raise UserError(f"{flag}={path}: there is no folder {path.parent}")
     if importlib.util.find_spec("matplotlib") is None:
-        raise UserError("--plot needs matplotlib: pip install 'galore-jax[plot]'")
+        raise UserError(f"{flag} needs matplotlib: pip install 'galore-jax[plot]'")
 
 
 def plot(reports: list[Report], path: Path, title: str) -> None:
