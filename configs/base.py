@@ -87,8 +87,8 @@ def get_config(arg: str = "") -> ConfigDict:
     config.galore.scale = 0.25  # factor on the updates of the projected matrices
     # "std": project the smaller side; "reverse_std": the larger; "full": both; "left"; "right"
     config.galore.proj_type = "std"
-    # "svd" (the paper's) and "eigh": exact; "subspace_iteration": as good (docs/projectors_sample.md) at
-    # a fraction of the time (docs/refresh.md); "randomized"; "random": whatever the gradient
+    # "svd" (the paper's) and "eigh": exact; "subspace_iteration": as good at a fraction of the time
+    # (docs/projectors_sample.md, docs/refresh.md); "randomized"; "random": whatever the gradient
     config.galore.projector = "subspace_iteration"
     config.galore.power_iterations = 2  # rounds of subspace_iteration and randomized at a refresh
     config.galore.rotate_moments = True  # first moments follow a refresh; False in the paper

@@ -4,8 +4,8 @@
   python train.py --config=configs/sample.py:method=full
 
 600 updates of 8 x 128 tokens. Held-out loss, from ln(8192) = 9.01 nats a token: 4.764 with GaLore
-(mean of three seeds, standard deviation 0.025, docs/projectors_sample.md; jax 0.10.2, botocore 1.44.8,
-CPU). The learning rates are the best of the grid in docs/sweep_sample.md.
+(mean of three seeds, standard deviation 0.025, docs/projectors_sample.md; jax 0.10.2, botocore
+1.44.8, CPU). The learning rates are the best of the grid in docs/sweep_sample.md.
 """
 
 from ml_collections import ConfigDict
