@@ -1,6 +1,6 @@
 """Adam with both moments in 8 bits (Dettmers et al. 2022, arXiv:2110.02861)."""
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -8,14 +8,13 @@ import jax.numpy as jnp
 import optax
 
 from galore_jax.blocks import BLOCK_SIZE, check_block_size, in_blocks, out_of_blocks
+from galore_jax.encodings import Encoding, block_scales, encode_blocks
 from galore_jax.quantization import (
-    Encoding,
+    FirstMoment,
     Quantized,
-    block_scales,
-    dequantize,
-    quantize,
+    dequantize_in_blocks,
     quantized_zeros,
-    smallest_magnitudes,
+    ratio_to_root,
 )
 from galore_jax.rounding import dithering
 from galore_jax.sharding import zeros_beside
@@ -38,12 +37,12 @@ def scale_by_adam8bit(
     moment that does not, and changes smaller than half a code are lost, so that moments stick
     (``1 - b2`` is a thousandth, a code a hundredth):
 
-    - The second moment is encoded under its root. It never becomes zero by rounding.
-    - The codes of a block reach down to its smallest second moment
-      (``galore_jax.quantization``, ``adaptive``), and those of the first moment as far. A first
-      moment that is too small for a code is then much smaller than the root of its second.
+    - The second moment is encoded under its root, and the codes of a block reach down to its
+      smallest root (``galore_jax.encodings``, ``adaptive_root``). None becomes zero.
+    - The first moment is encoded as its ratio to that root, which an update of Adam is: however
+      many decades the values of a block differ by, their ratios are alike.
     - Rounding is dithered, by ``galore_jax.rounding.dithering``, a function of the step count
-      alone. It rounds both moments of a value up together, which keeps their ratio.
+      alone.
 
     Args:
       b1, b2, eps, eps_root, nesterov: see ``optax.scale_by_adam``.
@@ -52,8 +51,8 @@ def scale_by_adam8bit(
 
     Returns:
       A transformation with an ``optax.ScaleByAdamState``, whose ``mu`` and ``nu`` hold a
-      ``Quantized`` for each leaf that is not small. Updates have the
-      gradients' dtypes.
+      ``Quantized`` for each leaf that is not small (a first moment is decoded by
+      ``dequantize(FirstMoment(mu, nu))``). Updates have the gradients' dtypes.
 
     Raises:
       TypeError, ValueError: sizes that are no ints in range.
@@ -83,7 +82,7 @@ def scale_by_adam8bit(
 
     def init(params: optax.Params) -> optax.ScaleByAdamState:
         return optax.ScaleByAdamState(
-            jnp.zeros([], jnp.int32), zeros(params, "adaptive"), zeros(params, "adaptive_root")
+            jnp.zeros([], jnp.int32), zeros(params, "ratio"), zeros(params, "adaptive_root")
         )
 
     def update(
@@ -106,30 +105,31 @@ def scale_by_adam8bit(
         def update_quantized(
             gradient: jax.Array, old_mu: Quantized, old_nu: Quantized
         ) -> tuple[jax.Array, Quantized, Quantized]:
-            shape, size = gradient.shape, old_mu.block_size
-
             # In the shape of blocks XLA makes one loop of it all, and keeps no float32 moment.
-            def in_float32(gradient: jax.Array, *old: Quantized) -> Any:
-                return (
-                    in_blocks(x.astype(jnp.float32), size)
-                    for x in (gradient, *map(dequantize, old))
+            size = old_mu.block_size
+
+            def new_moments(gradient: jax.Array, mu: Quantized, nu: Quantized) -> Any:
+                g = in_blocks(gradient.astype(jnp.float32), size)
+                return g, *moments(
+                    g, dequantize_in_blocks(FirstMoment(mu, nu)), dequantize_in_blocks(nu)
                 )
 
-            def whole(blocks: Iterable[jax.Array]) -> Any:
-                return (out_of_blocks(x, shape) for x in blocks)
-
-            new = moments(*in_float32(gradient, old_mu, old_nu))
-            scales = _scales(*whole(new), block_size=size)
+            _, mu, nu = new_moments(gradient, old_mu, old_nu)
+            scales = block_scales(ratio_to_root(mu, nu), "ratio"), block_scales(nu, "adaptive_root")
             # New moments are computed again after their scales are known.
             operands = scales, gradient, old_mu, old_nu
             scales, gradient, old_mu, old_nu = jax.lax.optimization_barrier(operands)
-            g, *old = in_float32(gradient, old_mu, old_nu)
-            new = moments(g, *old)
-            step, mu, nu = whole((direction(g, *new), *new))
-            noise = dithering(shape, count)
-            mu = quantize(mu, old_mu.encoding, block_size=size, noise=noise, scales=scales[0])
-            nu = quantize(nu, old_nu.encoding, block_size=size, noise=noise, scales=scales[1])
-            return step.astype(gradient.dtype), mu, nu
+            g, mu, nu = new_moments(gradient, old_mu, old_nu)
+            noise = in_blocks(dithering(gradient.shape, count), size)
+
+            def quantized(old: Quantized, blocks: jax.Array, scales: jax.Array) -> Quantized:
+                codes = encode_blocks(blocks, old.encoding, scales, noise)
+                codes = out_of_blocks(codes, gradient.shape)
+                return old._replace(codes=codes, scales=scales.reshape(old.scales.shape))
+
+            step = out_of_blocks(direction(g, mu, nu), gradient.shape).astype(gradient.dtype)
+            mu = quantized(old_mu, ratio_to_root(mu, nu), scales[0])
+            return step, mu, quantized(old_nu, nu, scales[1])
 
         def update_leaf(gradient: jax.Array, old_mu: Any, old_nu: Any) -> tuple[Any, Any, Any]:
             if isinstance(old_mu, Quantized):
@@ -185,12 +185,3 @@ def adamw8bit(
 
 def _debias(b: float | jax.Array, count: jax.typing.ArrayLike) -> jax.Array:
     return 1 - jnp.power(jnp.float32(b), count)
-
-
-def _scales(mu: jax.Array, nu: jax.Array, block_size: int) -> tuple[jax.Array, jax.Array]:
-    """Returns the scales of both moments, whose codes reach down to the smallest root of ``nu``."""
-    smallest = smallest_magnitudes(jnp.sqrt(nu), block_size)
-    return (
-        block_scales(mu, "adaptive", block_size=block_size, smallest=smallest),
-        block_scales(nu, "adaptive_root", block_size=block_size, smallest=smallest),
-    )

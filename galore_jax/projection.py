@@ -20,7 +20,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from galore_jax.quantization import Quantized, dequantize
+from galore_jax.quantization import FirstMoment, Quantized, dequantize, is_quantized
 
 # As Optax names the first moments of its optimizers: linear in the gradients or the updates.
 FIRST_MOMENTS = frozenset({"mu", "trace", "ema"})
@@ -163,9 +163,8 @@ def dense(projector: Any) -> Any:
     >>> dense(jnp.eye(2)).shape
     (2, 2)
     """
-    is_codes = lambda node: isinstance(node, Quantized)  # noqa: E731
-    decode = lambda node: dequantize(node) if is_codes(node) else node  # noqa: E731
-    return jax.tree.map(decode, projector, is_leaf=is_codes)
+    decode = lambda node: dequantize(node) if is_quantized(node) else node  # noqa: E731
+    return jax.tree.map(decode, projector, is_leaf=is_quantized)
 
 
 def project(matrix: jax.Array, projector: Projector, side: Side) -> jax.Array:
@@ -225,16 +224,41 @@ def split_first_moments(state: Any) -> tuple[list[Any], Callable[[list[Any]], An
 
     nodes, treedef = jax.tree_util.tree_flatten_with_path(
         state,
-        is_leaf=lambda path, x: is_moment(path) or isinstance(x, optax.ScaleByRStdDevState),
+        is_leaf=lambda path, x: (
+            is_moment(path) or isinstance(x, optax.ScaleByRStdDevState | optax.ScaleByAdamState)
+        ),
         is_leaf_takes_path=True,
     )
-    at = [i for i, (path, _) in enumerate(nodes) if is_moment(path)]
+    at = [
+        i
+        for i, (path, node) in enumerate(nodes)
+        if is_moment(path) or isinstance(node, optax.ScaleByAdamState)
+    ]
+
+    def take(node: Any) -> Any:
+        if not isinstance(node, optax.ScaleByAdamState):
+            return node
+        return jax.tree.map(_with_second, node.mu, node.nu, is_leaf=is_quantized)
 
     def put(moments: list[Any]) -> Any:
-        new = dict(zip(at, moments, strict=True))
+        new = {i: _put_moment(nodes[i][1], moment) for i, moment in zip(at, moments, strict=True)}
         return treedef.unflatten([new.get(i, node) for i, (_, node) in enumerate(nodes)])
 
-    return [nodes[i][1] for i in at], put
+    return [take(nodes[i][1]) for i in at], put
+
+
+def _with_second(first: Any, second: Any) -> Any:
+    """Adds to the codes of a ratio what they are a ratio to."""
+    is_ratio = isinstance(first, Quantized) and first.encoding == "ratio"
+    return FirstMoment(first, second) if is_ratio else first
+
+
+def _put_moment(node: Any, moment: Any) -> Any:
+    if not isinstance(node, optax.ScaleByAdamState):
+        return moment
+    is_first = lambda x: isinstance(x, FirstMoment)  # noqa: E731
+    codes = lambda x: x.ratio if is_first(x) else x  # noqa: E731
+    return node._replace(mu=jax.tree.map(codes, moment, is_leaf=is_first))
 
 
 def warn_without_first_moments(state: Any) -> None:

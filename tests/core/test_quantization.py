@@ -8,36 +8,40 @@ import numpy as np
 import pytest
 
 from galore_jax.blocks import block_shape, scales_shape
-from galore_jax.quantization import ENCODINGS, Quantized, dequantize, quantize
+from galore_jax.encodings import ENCODINGS
+from galore_jax.quantization import (
+    FirstMoment,
+    Quantized,
+    dequantize,
+    quantize,
+    quantize_like,
+    ratio_to_root,
+)
 from galore_jax.rounding import dithering
 
-SIGNED = ("adaptive", "int8", "int4")
-ADAPTIVE = ("adaptive", "adaptive_root")
+SIGNED = ("ratio", "int8", "int4")
 
 
-def magnitudes(encoding, choice):
-    """The values of a grid, without its squares and signs, as the module describes them.
+def magnitudes(choice):
+    """The roots of the adaptive values, as the module describes them.
 
-    Floats from 2**-n to 1 in equal steps of their bits are moved so that the first is zero.
+    They are zero, and floats in equal steps of their bits.
     """
-    top = 127 if encoding == "adaptive" else 255
-    step = (16 + choice % 16) * 2 ** (choice // 16) / 16 / (32 if encoding == "adaptive" else 64)
-    place = -step * np.arange(top, -1, -1)  # in binades, linear between powers of two
-    values = 2 ** np.floor(place) * (1 + place - np.floor(place))
-    return (values - values[0]) / (1 - values[0])
+    step = (16 + choice % 16) * 2 ** (choice // 16) / 16 / 64
+    place = -step * np.arange(254, -1, -1)  # in binades, linear between powers of two
+    return np.append(0, 2 ** np.floor(place) * (1 + place - np.floor(place)))
 
 
 def values_of(encoding, choice=0):
-    if encoding in ("int8", "int4"):
-        levels = {"int8": 127, "int4": 7}[encoding]
+    if encoding in SIGNED:
+        levels = 7 if encoding == "int4" else 127
         return np.arange(-levels, levels + 1) / levels
-    values = magnitudes(encoding, choice)
-    return values**2 if encoding == "adaptive_root" else np.append(-values[:0:-1], values)
+    return magnitudes(choice) ** 2
 
 
 def scale_of(encoding, choice):
     """The scale near 1 of a block with that choice of step."""
-    bits = np.float32(1).view(np.int32) | (choice if encoding in ADAPTIVE else 0)
+    bits = np.float32(1).view(np.int32) | (0 if encoding in SIGNED else choice)
     return jnp.asarray([bits.view(np.float32)])
 
 
@@ -61,31 +65,42 @@ def test_values_of_the_map_are_fixed_points_with_codes_of_their_own(encoding, ch
     np.testing.assert_array_equal(again.codes, quantized.codes)
 
 
-@pytest.mark.parametrize("encoding", ADAPTIVE)
 @pytest.mark.parametrize("choice", [0, 13, 37, 55])
-def test_rounding_is_to_the_nearest_value(encoding, choice):
-    values, scale = magnitudes(encoding, choice), scale_of(encoding, choice)
+def test_rounding_is_to_the_nearest_root(choice):
+    values, scale = magnitudes(choice), scale_of("adaptive_root", choice)
     middles = (values[1:] + values[:-1]) / 2
-    power = 2 if encoding == "adaptive_root" else 1
     for nudge, expected in ((1e-4, values[1:]), (-1e-4, values[:-1])):
-        expected = np.maximum(expected, values[1]) if encoding == "adaptive_root" else expected
-        given = (middles * (1 + nudge) * float(scale[0])) ** power
-        found = there_and_back(given, encoding, scales=scale)
-        np.testing.assert_allclose(found, expected**power, rtol=3e-5, atol=1e-30)
+        expected = np.maximum(expected, values[1])
+        given = (middles * (1 + nudge) * float(scale[0])) ** 2
+        found = there_and_back(given, "adaptive_root", scales=scale)
+        np.testing.assert_allclose(found, expected**2, rtol=3e-5, atol=1e-30)
 
 
-@pytest.mark.parametrize("encoding", ADAPTIVE)
 @pytest.mark.parametrize("binades", [4, 8, 16, 32, 55])
-def test_relative_error_down_to_the_smallest_value(encoding, binades):
+def test_relative_error_down_to_the_smallest_value(binades):
     # Half a step, of as many binades as are reached over the number of codes, and up to a sixteenth
     # coarser; twice that for the smallest values, beside which zero is, and for squares.
     rng = np.random.default_rng(0)
     given = np.append(2.0 ** rng.uniform(-binades, 0, 5000), [1.0, 2.0**-binades])
-    root = encoding == "adaptive_root"
-    found = there_and_back(given**2 if root else given, encoding, block_size=5002)
-    error = np.abs(found / (given**2 if root else given) - 1).max()
-    bound = binades / (255 if root else 127) * 17 / 16
-    assert error <= ((1 + bound) ** 2 - 1 if root else bound) + 1e-4
+    found = there_and_back(given**2, "adaptive_root", block_size=5002)
+    error = np.abs(found / given**2 - 1).max()
+    bound = binades / 255 * 17 / 16
+    assert error <= (1 + bound) ** 2 - 1 + 1e-4
+
+
+def test_a_first_moment_is_decoded_with_the_second():
+    first = jax.random.normal(jax.random.key(0), (8, 512)) * jnp.logspace(-9, 9, 512)
+    second = jnp.square(first) * jax.random.uniform(jax.random.key(1), (8, 512), minval=0.5)
+    nu = quantize(second, "adaptive_root")
+    ratio = ratio_to_root(first, dequantize(nu))
+    both = FirstMoment(quantize(ratio, "ratio"), nu)
+    scale = jnp.abs(ratio.reshape(-1, 256)).max(1).repeat(256).reshape(8, 512)
+    error = jnp.abs(dequantize(both) - first) / jnp.sqrt(dequantize(nu))
+    assert (error <= 0.51 / 127 * scale).all()
+    again = quantize_like(both, dequantize(both))
+    np.testing.assert_array_equal(again.ratio.codes, both.ratio.codes)
+    assert again.second is nu
+    assert both.shape == (8, 512)
 
 
 @pytest.mark.parametrize("encoding", ENCODINGS)
@@ -161,7 +176,7 @@ def test_stochastic_rounding_is_right_on_average(encoding):
 
     found = np.array([rounded(t) for t in range(400)])
     found = np.sqrt(found) if encoding == "adaptive_root" else found
-    if encoding in ("int8", "int4"):
+    if encoding in SIGNED:
         np.testing.assert_allclose(found.mean(0), share, atol=0.02 / 7)
     else:
         np.testing.assert_allclose(found.mean(0), share, rtol=0.02)
@@ -208,7 +223,7 @@ def test_a_slice_of_a_stack_is_the_slice_quantised(encoding):
 
 
 def test_what_cannot_be_quantised():
-    with pytest.raises(ValueError, match=r"encoding must be one of adaptive, .* got 'fp8'"):
+    with pytest.raises(ValueError, match=r"encoding must be one of adaptive_root, .* got 'fp8'"):
         quantize(jnp.ones(3), "fp8")
     with pytest.raises(ValueError, match="block_size must be an int of at least 1, got 0"):
         quantize(jnp.ones(3), block_size=0)
@@ -218,4 +233,4 @@ def test_what_cannot_be_quantised():
         quantize(jnp.ones(()))
     quantized = quantize(jnp.ones((4, 512)))
     with pytest.raises(ValueError, match=r"have scales of shape \(4, 1\), got \(4, 2\)"):
-        dequantize(Quantized(quantized.codes[:, :256], quantized.scales, "adaptive", 256))
+        dequantize(Quantized(quantized.codes[:, :256], quantized.scales, "int8", 256))
