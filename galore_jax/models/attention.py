@@ -1,14 +1,17 @@
 """Causal attention with rotary positions, as functions of arrays."""
 
 import functools
+import math
 
 import jax
 import jax.numpy as jnp
 
-from galore_jax.models.config import AttentionImplementation
+from galore_jax.models.config import AttentionImplementation, RopeScaling
 
 
-def rotary(x: jax.Array, positions: jax.Array, theta: float) -> jax.Array:
+def rotary(
+    x: jax.Array, positions: jax.Array, theta: float, scaling: RopeScaling | None = None
+) -> jax.Array:
     r"""Rotary position embedding (Su et al. 2021, arXiv:2104.09864), in float32.
 
     Turns the pair $(x_i, x_{i + H/2})$ by the angle $p\,\theta^{-2i/H}$: the pairs
@@ -18,17 +21,46 @@ def rotary(x: jax.Array, positions: jax.Array, theta: float) -> jax.Array:
       x: ``(B, S, heads, H)``, H even.
       positions: ``(S,)`` or ``(B, S)``, int32.
       theta: the base of the frequencies.
+      scaling: of the low frequencies, for contexts longer than a model was first trained on.
 
     Returns:
       ``(B, S, heads, H)`` in the dtype of ``x``.
     """
     half = x.shape[-1] // 2
-    frequencies = theta ** (-jnp.arange(half, dtype=jnp.float32) / half)
+    frequencies = rotary_frequencies(half, theta, scaling)
     angles = positions[..., None, None].astype(jnp.float32) * frequencies
     cos, sin = jnp.cos(angles), jnp.sin(angles)
     first, second = x[..., :half].astype(jnp.float32), x[..., half:].astype(jnp.float32)
     turned = jnp.concatenate([first * cos - second * sin, second * cos + first * sin], axis=-1)
     return turned.astype(x.dtype)
+
+
+def rotary_frequencies(half: int, theta: float, scaling: RopeScaling | None = None) -> jax.Array:
+    r"""The angles by which one position turns the pairs of a head.
+
+    The frequencies are $f_i = \theta^{-2i/H}$. With ``scaling``, those that turn fewer than
+    ``low_freq_factor`` times within ``original_max_positions`` are divided by ``factor``, those that
+    turn more than ``high_freq_factor`` times stay, and the ones between are interpolated
+    (Llama 3.1, arXiv:2407.21783).
+
+    Args:
+      half: H / 2, the number of pairs.
+      theta: the base of the frequencies.
+      scaling: None for none.
+
+    Returns:
+      ``(H / 2,)`` float32, in radians.
+
+    >>> rotary_frequencies(2, 1e4).round(3).tolist()
+    [1.0, 0.009999999776482582]
+    """
+    frequencies = theta ** (-jnp.arange(half, dtype=jnp.float32) / half)
+    if scaling is None:
+        return frequencies
+    turns = scaling.original_max_positions * frequencies / (2 * math.pi)
+    width = scaling.high_freq_factor - scaling.low_freq_factor
+    kept = jnp.clip((turns - scaling.low_freq_factor) / width, 0.0, 1.0)
+    return frequencies * (kept + (1.0 - kept) / scaling.factor)
 
 
 def causal_attention(

@@ -99,8 +99,8 @@ class Attention(nnx.Module):
         query = self.q_proj(x).reshape(batch, length, config.num_heads, config.head_size)
         key = self.k_proj(x).reshape(batch, length, config.kv_heads, config.head_size)
         value = self.v_proj(x).reshape(batch, length, config.kv_heads, config.head_size)
-        query = rotary(query, positions, config.rope_theta)
-        key = rotary(key, positions, config.rope_theta)
+        query = rotary(query, positions, config.rope_theta, config.rope_scaling)
+        key = rotary(key, positions, config.rope_theta, config.rope_scaling)
         heads = causal_attention(query, key, value, config.attention_implementation)
         return self.o_proj(heads.reshape(batch, length, -1))
 
