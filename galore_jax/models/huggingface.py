@@ -1,15 +1,11 @@
 """LLaMA as the Hugging Face hub has it: a folder of ``config.json`` and safetensors files."""
 
-import contextlib
 import dataclasses
 import functools
 import json
 import math
 import os
 import re
-import shutil
-import tempfile
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -19,9 +15,10 @@ from flax import traverse_util
 from jax.typing import DTypeLike
 
 from galore_jax.errors import UserError
+from galore_jax.folders import complete_or_absent
 from galore_jax.models.config import LlamaConfig
 from galore_jax.models.huggingface_config import config_to_json, read_config
-from galore_jax.models.llama import Params, init_params
+from galore_jax.models.llama import Params, check_params, init_params
 from galore_jax.models.tensor_files import DTYPES, TensorFiles, TensorSpec, write_tensors
 
 # Our paths, and Hugging Face's names with the layer in the place of {}. A kernel is (in, out) here
@@ -64,8 +61,8 @@ def load(
     Args:
       folder: has ``config.json``, and either ``model.safetensors`` or several such files and
         ``model.safetensors.index.json``.
-      dtype: of the params, and to compute in. None: each param keeps the dtype that it is stored in,
-        and the model computes in the embedding's.
+      dtype: of the params, and to compute in. None: each keeps the dtype that it is stored in, and
+        the model computes in the embedding's.
 
     Returns:
       The model, and its params, arranged as by ``galore_jax.models.llama.init_params``.
@@ -118,8 +115,14 @@ def save(
         more ids than the model.
     """
     folder = Path(folder).expanduser()
-    flat = traverse_util.flatten_dict(params)
-    _check_params(config, flat)
+    check_params(config, params)
+    flat: Any = traverse_util.flatten_dict(params)
+    for path, leaf in flat.items():
+        if leaf.dtype not in DTYPES.values():
+            raise UserError(
+                f"{'/'.join(path)} is {leaf.dtype}; "
+                "weights are saved in float32, float16 or bfloat16"
+            )
     if tokenizer is not None and tokenizer.vocab_size > config.vocab_size:
         raise UserError(
             f"the tokenizer has {tokenizer.vocab_size} ids and the model a vocabulary of "
@@ -142,7 +145,7 @@ def save(
         return array.T if path[-1] == "kernel" else array
 
     values = config_to_json(dataclasses.replace(config, param_dtype=spec(_EMBEDDING).dtype))
-    with _complete_or_absent(folder) as partial:
+    with complete_or_absent(folder) as partial:
         (partial / "config.json").write_text(json.dumps(values, indent=2) + "\n")
         write_tensors(partial, {name: spec(name) for name in places}, get, shard_bytes=_SHARD_BYTES)
         if tokenizer is not None:
@@ -152,7 +155,7 @@ def save(
 def _leaves(config: LlamaConfig) -> dict[_Path, tuple[int, ...]]:
     """Returns the shape of every param, in the order in which they are used."""
     _, shapes = jax.eval_shape(functools.partial(init_params, config), jax.random.key(0))
-    flat = traverse_util.flatten_dict(shapes)
+    flat: Any = traverse_util.flatten_dict(shapes)
     order = [pattern for pattern, _ in _NAMES]
     return {
         path: flat[path].shape
@@ -200,47 +203,9 @@ def _check_tensors(
             )
 
 
-def _check_params(config: LlamaConfig, flat: dict[_Path, Any]) -> None:
-    """Compares params with those of a config."""
-    wanted = _leaves(config)
-    for path in sorted(wanted.keys() | flat.keys()):
-        name, shape = "/".join(path), getattr(flat.get(path), "shape", None)
-        if shape != wanted.get(path):
-            raise UserError(
-                f"the params do not fit the config: {name} is {shape or 'no array'} in the params "
-                f"and {wanted.get(path, 'absent')} by the config"
-            )
-        if flat[path].dtype not in DTYPES.values():
-            raise UserError(
-                f"{name} is {flat[path].dtype}; weights are saved in float32, float16 or bfloat16"
-            )
-
-
 def _aligned(shape: tuple[int, ...], dtype: np.dtype) -> np.ndarray:
     """Allocates an array that JAX can use in place on a CPU."""
     nbytes = math.prod(shape) * dtype.itemsize
     space = np.empty(nbytes + _ALIGNMENT, np.uint8)
     start = -space.ctypes.data % _ALIGNMENT
     return space[start : start + nbytes].view(dtype).reshape(shape)
-
-
-@contextlib.contextmanager
-def _complete_or_absent(folder: Path) -> Iterator[Path]:
-    """Gives a new folder beside ``folder``, and its name once everything is in it."""
-    if folder.exists() and not (folder.is_dir() and not any(folder.iterdir())):
-        raise UserError(f"{folder} is not empty; give a folder that does not exist yet")
-    try:
-        folder.parent.mkdir(parents=True, exist_ok=True)
-        partial = Path(tempfile.mkdtemp(prefix=f".{folder.name}.partial-", dir=folder.parent))
-    except OSError as error:
-        raise UserError(f"cannot write {folder}: {error.strerror}") from error
-    try:
-        yield partial
-        mask = os.umask(0)
-        os.umask(mask)
-        partial.chmod(0o777 & ~mask)  # mkdtemp's folders are the owner's alone
-        partial.rename(folder)
-    except OSError as error:
-        raise UserError(f"cannot write {folder}: {error.strerror}") from error
-    finally:
-        shutil.rmtree(partial, ignore_errors=True)

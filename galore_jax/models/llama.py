@@ -6,8 +6,9 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
-from flax import nnx
+from flax import nnx, traverse_util
 
+from galore_jax.errors import UserError
 from galore_jax.kernels import linear
 from galore_jax.models.attention import causal_attention, rotary
 from galore_jax.models.config import LlamaConfig
@@ -241,6 +242,29 @@ def init_params(config: LlamaConfig, key: jax.Array) -> tuple[nnx.GraphDef, Para
     """
     graphdef, state = nnx.split(Llama(config, rngs=nnx.Rngs(key)))
     return graphdef, nnx.to_pure_dict(state)
+
+
+def check_params(config: LlamaConfig, params: Params, what: str = "the params") -> None:
+    """Checks that params have the names and shapes of a model's.
+
+    Args:
+      config: the model.
+      params: nested dicts of arrays.
+      what: what to call them in the message.
+
+    Raises:
+      UserError: one that the model lacks, or that lacks, or of another shape.
+
+    >>> config = LlamaConfig(16, 24, num_layers=2, num_heads=2, vocab_size=32)
+    >>> _, params = init_params(config, jax.random.key(0))
+    >>> check_params(config, params)
+    """
+    _, shapes = jax.eval_shape(functools.partial(init_params, config), jax.random.key(0))
+    wanted, found = traverse_util.flatten_dict(shapes), traverse_util.flatten_dict(params)
+    for path in sorted(wanted.keys() | found.keys()):
+        want, has = (getattr(tree.get(path), "shape", "no array") for tree in (wanted, found))
+        if has != want:
+            raise UserError(f"{what} do not fit the model: {'/'.join(path)} is {has}, not {want}")
 
 
 def apply(graphdef: nnx.GraphDef, params: Params) -> Llama:

@@ -37,8 +37,8 @@ class TensorFiles:
         """Opens the files and reads their headers.
 
         Raises:
-          UserError: no such files, one that is damaged or cut short, files and index that differ, or
-            a tensor of a dtype other than float32, float16 and bfloat16.
+          UserError: no such files, one that is damaged or cut short, files and index that differ,
+            or a tensor of a dtype other than float32, float16 and bfloat16.
         """
         self._files: dict[str, Any] = {}  # by the tensor's name
         self.specs: dict[str, TensorSpec] = {}

@@ -1,0 +1,91 @@
+"""A run's folder, opened for what it has trained."""
+
+import dataclasses
+import json
+import os
+from pathlib import Path
+
+from ml_collections import ConfigDict
+
+from galore_jax.data.sample import prepare_sample
+from galore_jax.data.tokenizer import Tokenizer, open_tokenizer
+from galore_jax.errors import UserError
+from galore_jax.models.config import LlamaConfig
+from galore_jax.models.llama import Params, check_params
+from galore_jax.training.checkpoints import Checkpoints
+from galore_jax.training.config import Config
+from galore_jax.training.experiment import model_config
+
+
+@dataclasses.dataclass(frozen=True)
+class SavedRun:
+    """What one checkpoint of a run has trained.
+
+    Attributes:
+      config: the run's config, as its ``config.json`` has it.
+      step: updates made.
+      model: the model, with the longest row of the run and its tokenizer's special tokens.
+      params: on the default device, in the dtypes that they were trained in.
+      tokenizer: None if it was not asked for.
+    """
+
+    config: Config
+    step: int
+    model: LlamaConfig
+    params: Params
+    tokenizer: Tokenizer | None
+
+
+def is_run(folder: str | os.PathLike[str]) -> bool:
+    """Tells whether a folder is a trainer's workdir."""
+    return (Path(folder).expanduser() / "checkpoints").is_dir()
+
+
+def open_run(
+    workdir: str | os.PathLike[str], step: int | None = None, *, tokenizer: bool = True
+) -> SavedRun:
+    """Opens a checkpoint of a run, which may be under way.
+
+    Args:
+      workdir: the run's folder. Nothing in it is changed.
+      step: which checkpoint; None for the newest intact one.
+      tokenizer: whether to open the run's tokenizer too.
+
+    Raises:
+      UserError: it is no run, has no such checkpoint or a damaged one, or its tokenizer is gone.
+    """
+    workdir = Path(workdir).expanduser()
+    config = _read_config(workdir)
+    with Checkpoints(workdir / "checkpoints", read_only=True) as saved:
+        restored = saved.restore_part("params", step)
+    if restored is None:
+        raise UserError(f"{workdir} has no checkpoint yet")
+    model = dataclasses.replace(
+        model_config(config), attention_implementation=None, max_positions=config.data.seq_len
+    )
+    check_params(model, restored.state, f"the params of step {restored.step} in {workdir}")
+    opened = _open_tokenizer(workdir, config) if tokenizer else None
+    if opened is not None:
+        model = dataclasses.replace(model, bos_id=opened.bos_id, eos_ids=(opened.eos_id,))
+    return SavedRun(config, restored.step, model, restored.state, opened)
+
+
+def _read_config(workdir: Path) -> Config:
+    path = workdir / "config.json"
+    if not is_run(workdir) or not path.is_file():
+        raise UserError(f"{workdir} is no run: a run's folder has config.json and checkpoints/")
+    try:
+        config = ConfigDict(json.loads(path.read_text()))
+        _ = config.model, config.data, config.dtype  # a run's, not a model's
+    except (OSError, ValueError, AttributeError, TypeError) as error:
+        raise UserError(f"{path} is no config of a run: {' '.join(str(error).split())}") from error
+    return config
+
+
+def _open_tokenizer(workdir: Path, config: Config) -> Tokenizer:
+    """Opens the copy that a run keeps, or for an older run the file that it was made with."""
+    if (workdir / "tokenizer").is_dir():
+        return open_tokenizer(workdir / "tokenizer")
+    if config.data.tokenizer is None:
+        return open_tokenizer(prepare_sample()[1])
+    return open_tokenizer(config.data.tokenizer)
