@@ -166,7 +166,7 @@ class JsonTokenizer(Tokenizer):
         shutil.copyfile(self._path, folder / _JSON)
         _copy_beside(self._path, folder)
         if not (folder / _CONFIG).exists():
-            values = {"tokenizer_class": "PreTrainedTokenizerFast"}
+            values: dict[str, Any] = {"tokenizer_class": "PreTrainedTokenizerFast"}
             for kind in ("bos", "eos"):
                 token = getattr(self, f"{kind}_id")
                 if token is not None:

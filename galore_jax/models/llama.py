@@ -10,7 +10,7 @@ from flax import nnx, traverse_util
 
 from galore_jax.errors import UserError
 from galore_jax.kernels import linear
-from galore_jax.models.attention import causal_attention, rotary
+from galore_jax.models.attention import Cache, causal_attention, rotary
 from galore_jax.models.config import LlamaConfig
 from galore_jax.models.embedding import embed
 from galore_jax.models.losses import cross_entropy
@@ -95,6 +95,20 @@ class Attention(nnx.Module):
 
     def __call__(self, x: jax.Array, positions: jax.Array) -> jax.Array:
         """(B, S, D) to (B, S, D); ``positions`` is (S,) or (B, S)."""
+        return self._attend(*self._project(x, positions))
+
+    def extend(
+        self, x: jax.Array, positions: jax.Array, cache: Cache, layer: jax.Array
+    ) -> tuple[jax.Array, Cache]:
+        """As a call, for rows (B, S, D) that follow those that the cache has."""
+        query, key, value = self._project(x, positions)
+        cache = cache.put(layer, positions[0], key, value)
+        return self._attend(query, *cache.of(layer), positions), cache
+
+    def _project(
+        self, x: jax.Array, positions: jax.Array
+    ) -> tuple[jax.Array, jax.Array, jax.Array]:
+        """(B, S, D) to queries (B, S, N, H), keys and values (B, S, K, H), with their positions."""
         config = self.config
         batch, length, _ = x.shape
         query = self.q_proj(x).reshape(batch, length, config.num_heads, config.head_size)
@@ -102,8 +116,13 @@ class Attention(nnx.Module):
         value = self.v_proj(x).reshape(batch, length, config.kv_heads, config.head_size)
         query = rotary(query, positions, config.rope_theta, config.rope_scaling)
         key = rotary(key, positions, config.rope_theta, config.rope_scaling)
-        heads = causal_attention(query, key, value, config.attention_implementation)
-        return self.o_proj(heads.reshape(batch, length, -1))
+        return query, key, value
+
+    def _attend(self, query: Any, key: Any, value: Any, positions: Any = None) -> jax.Array:
+        """Queries (B, S, N, H), with keys and values (B, T, K, H), to (B, S, D)."""
+        implementation = self.config.attention_implementation
+        heads = causal_attention(query, key, value, implementation, positions)
+        return self.o_proj(heads.reshape(*heads.shape[:2], -1))
 
 
 class MLP(nnx.Module):
@@ -137,6 +156,13 @@ class Block(nnx.Module):
     def attend(self, x: jax.Array, positions: jax.Array) -> jax.Array:
         """Runs the first half of the block."""
         return x + self.attn(self.input_norm(x), positions)
+
+    def extend(
+        self, x: jax.Array, positions: jax.Array, cache: Cache, layer: jax.Array
+    ) -> tuple[jax.Array, Cache]:
+        """As a call, for rows (B, S, D) that follow those that the cache has."""
+        attended, cache = self.attn.extend(self.input_norm(x), positions, cache, layer)
+        return self.feed_forward(x + attended), cache
 
     def feed_forward(self, x: jax.Array) -> jax.Array:
         """Runs the second half."""
@@ -201,6 +227,30 @@ class Llama(nnx.Module):
         apply_block = jax.checkpoint(apply_block, prevent_cse=False, policy=policy)
         x, _ = jax.lax.scan(apply_block, self.embed(tokens), stack)
         return self.final_norm(x)
+
+    def extend(self, tokens: jax.Array, cache: Cache, start: jax.Array) -> tuple[jax.Array, Cache]:
+        """Computes ``hidden_states`` of tokens that follow those in a cache.
+
+        Args:
+          tokens: ``(B, S)``, int32.
+          cache: has keys and values of the positions before ``start``; what it has after them does
+            not matter.
+          start: the position of the first of ``tokens``; the last one must have room in the cache.
+
+        Returns:
+          ``(B, S, D)`` in the compute dtype, and the cache with the keys and values of ``tokens``.
+        """
+        positions = start + jnp.arange(tokens.shape[1], dtype=jnp.int32)
+        graphdef, stack = nnx.split(self.blocks)
+
+        def apply_block(carry, layer):
+            x, cache = carry
+            params, index = layer
+            return nnx.merge(graphdef, params).extend(x, positions, cache, index), None
+
+        layers = stack, jnp.arange(self.config.num_layers, dtype=jnp.int32)
+        (x, cache), _ = jax.lax.scan(apply_block, (self.embed(tokens), cache), layers)
+        return self.final_norm(x), cache
 
     def logits(self, tokens: jax.Array) -> jax.Array:
         """Computes logits ``(B, S, V)``, float32, of the token after each of ``tokens`` (B, S)."""
