@@ -32,7 +32,8 @@ class Tokenizer(abc.ABC):
     Attributes:
       vocab_size: ids are less than this.
       eos_id: the end of a document.
-      bos_id: the id that every text begins with; None if there is none.
+      bos_id: the beginning of a text; None if there is none. Not every tokenizer that has one puts
+        it in front of what it encodes.
       pad_id: fills short rows; 0 where there is none (padding is masked out of the loss).
     """
 
@@ -46,8 +47,11 @@ class Tokenizer(abc.ABC):
         return np.asarray([*self._encode(text), self.eos_id], np.int32)
 
     def encode_prompt(self, text: str) -> np.ndarray:
-        """Returns the ids of a text that is to go on, (length,) int32."""
-        return np.asarray(self._encode(text), np.int32)
+        """Returns the ids of a text that is to go on, (length,) int32; at least a begin token."""
+        ids = self._encode(text)
+        if not ids and self.bos_id is not None:
+            ids = [self.bos_id]
+        return np.asarray(ids, np.int32)
 
     def decode(self, ids: Ids) -> str:
         """Returns the text of ids, without special tokens and ids that the tokenizer lacks."""
@@ -114,8 +118,9 @@ class SentencePieceTokenizer(Tokenizer):
             raise UserError(f"tokenizer {path} has no end-of-sentence token: documents need one")
         self.pad_id = max(self._processor.pad_id(), 0)
         wants_bos = _read_json(self._path.with_name(_CONFIG)).get("add_bos_token", False)
-        has_bos = wants_bos and self._processor.bos_id() >= 0
-        self.bos_id = self._processor.bos_id() if has_bos else None
+        bos_id = self._processor.bos_id()
+        self.bos_id = bos_id if bos_id >= 0 else None
+        self._begin = [bos_id] if wants_bos and bos_id >= 0 else []
 
     def save(self, folder: Path) -> None:
         """Writes ``tokenizer.model``, and the files about it."""
@@ -123,7 +128,7 @@ class SentencePieceTokenizer(Tokenizer):
         _copy_beside(self._path, folder)
 
     def _encode(self, text: str) -> list[int]:
-        return [*([] if self.bos_id is None else [self.bos_id]), *self._processor.encode(text)]
+        return [*self._begin, *self._processor.encode(text)]
 
     def _decode(self, ids: list[int]) -> str:
         return self._processor.decode(ids)

@@ -85,7 +85,7 @@ def generate(
     3
     """
     prompt = np.asarray(prompt_ids, np.int64)
-    _check_prompt(config, prompt)
+    check_prompt(config, prompt)
     if max_tokens < 1:
         raise UserError(f"max_tokens is {max_tokens}; it must be at least 1")
     end = len(prompt) + max_tokens
@@ -112,7 +112,15 @@ def _prompt_bucket(length: int) -> int:
     return max(1 << (length - 1).bit_length(), _SHORTEST_PROMPT)
 
 
-def _check_prompt(config: LlamaConfig, prompt: np.ndarray) -> None:
+def check_prompt(config: LlamaConfig, prompt_ids: Sequence[int] | np.ndarray) -> None:
+    """Checks that a model can read a prompt.
+
+    Raises:
+      UserError: it is empty, has an id that the model lacks, or is longer than its positions.
+
+    >>> check_prompt(LlamaConfig(16, 24, num_layers=2, num_heads=2, vocab_size=32), [31])
+    """
+    prompt = np.asarray(prompt_ids, np.int64)
     if prompt.ndim != 1 or not prompt.size:
         raise UserError("the prompt has no tokens; give at least one")
     wrong = prompt[(prompt < 0) | (prompt >= config.vocab_size)]

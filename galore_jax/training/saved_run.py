@@ -1,15 +1,19 @@
-"""A run's folder, opened for what it has trained."""
+"""Trained models, opened from a run's folder or from one in Hugging Face's format."""
 
 import dataclasses
 import json
 import os
 from pathlib import Path
+from typing import NamedTuple
 
+import jax
+from jax.typing import DTypeLike
 from ml_collections import ConfigDict
 
 from galore_jax.data.sample import prepare_sample
 from galore_jax.data.tokenizer import Tokenizer, open_tokenizer
 from galore_jax.errors import UserError
+from galore_jax.models import huggingface
 from galore_jax.models.config import LlamaConfig
 from galore_jax.models.llama import Params, check_params
 from galore_jax.training.checkpoints import Checkpoints
@@ -68,6 +72,53 @@ def open_run(
     if opened is not None:
         model = dataclasses.replace(model, bos_id=opened.bos_id, eos_ids=(opened.eos_id,))
     return SavedRun(config, restored.step, model, restored.state, opened)
+
+
+class OpenedModel(NamedTuple):
+    """A model that can compute; the tokenizer is None if it was not asked for."""
+
+    config: LlamaConfig
+    params: Params
+    tokenizer: Tokenizer | None
+
+
+def open_model(
+    folder: str | os.PathLike[str],
+    step: int | None = None,
+    *,
+    dtype: DTypeLike | None = None,
+    tokenizer: bool = True,
+) -> OpenedModel:
+    """Opens a model, from a run or in Hugging Face's format, whichever the folder is.
+
+    Args:
+      folder: a run's workdir, or a folder with ``config.json`` and safetensors files.
+      step: which checkpoint of a run; None for the newest intact one.
+      dtype: of the params and to compute in; None for those of the folder.
+      tokenizer: whether to open the tokenizer too.
+
+    Raises:
+      UserError: as ``open_run`` and ``galore_jax.models.huggingface.load``; a step of what is no
+        run; no tokenizer, or one of more ids than the model's vocabulary.
+    """
+    folder = Path(folder).expanduser()
+    if is_run(folder):
+        run = open_run(folder, step, tokenizer=tokenizer)
+        model, params, opened = run.model, run.params, run.tokenizer
+        if dtype is not None:
+            model = dataclasses.replace(model, dtype=dtype, param_dtype=dtype)
+            params = jax.tree.map(lambda leaf: leaf.astype(dtype), params)
+    elif step is not None:
+        raise UserError(f"{folder} is no run, so that it has no step {step}")
+    else:
+        model, params = huggingface.load(folder, dtype)
+        opened = open_tokenizer(folder) if tokenizer else None
+    if opened is not None and opened.vocab_size > model.vocab_size:
+        raise UserError(
+            f"the tokenizer of {folder} has {opened.vocab_size} ids and the model a vocabulary of "
+            f"{model.vocab_size}; they do not belong together"
+        )
+    return OpenedModel(model, params, opened)
 
 
 def _read_config(workdir: Path) -> Config:
