@@ -12,6 +12,7 @@ import numpy as np
 import sentencepiece
 import tokenizers
 
+from galore_jax.data.sentencepiece_json import as_json_tokenizer
 from galore_jax.errors import UserError
 
 _JSON = "tokenizer.json"
@@ -49,17 +50,19 @@ class Tokenizer(abc.ABC):
     def encode_prompt(self, text: str) -> np.ndarray:
         """Returns the ids of a text that is to go on, (length,) int32; at least a begin token."""
         ids = self._encode(text)
-        if not ids and self.bos_id is not None:
-            ids = [self.bos_id]
-        return np.asarray(ids, np.int32)
+        return np.asarray(ids if ids or self.bos_id is None else [self.bos_id], np.int32)
 
     def decode(self, ids: Ids) -> str:
         """Returns the text of ids, without special tokens and ids that the tokenizer lacks."""
         return self._decode([int(i) for i in ids if 0 <= i < self.vocab_size])
 
     @abc.abstractmethod
+    def copy(self, folder: Path) -> None:
+        """Copies the files from which this was opened to a folder."""
+
+    @abc.abstractmethod
     def save(self, folder: Path) -> None:
-        """Writes the files from which this is opened again, by transformers too, to a folder."""
+        """Writes files to a folder with which transformers opens it too."""
 
     @abc.abstractmethod
     def _encode(self, text: str) -> list[int]: ...
@@ -122,10 +125,26 @@ class SentencePieceTokenizer(Tokenizer):
         self.bos_id = bos_id if bos_id >= 0 else None
         self._begin = [bos_id] if wants_bos and bos_id >= 0 else []
 
-    def save(self, folder: Path) -> None:
-        """Writes ``tokenizer.model``, and the files about it."""
+    def copy(self, folder: Path) -> None:
+        """Copies ``tokenizer.model``, and the files about it."""
         shutil.copyfile(self._path, folder / _MODELS[0])
         _copy_beside(self._path, folder)
+
+    def save(self, folder: Path) -> None:
+        """Writes ``tokenizer.json``, which gives the same ids, and ``tokenizer_config.json``.
+
+        Raises:
+          UserError: a model of words or characters.
+        """
+        begin = self._begin[0] if self._begin else None
+        as_json_tokenizer(self._path, begin=begin).save(str(folder / _JSON))
+        pad_id = self._processor.pad_id()
+        special = {"bos": self.bos_id, "eos": self.eos_id, "unk": self._processor.unk_id()}
+        special["pad"] = pad_id if pad_id >= 0 else None
+        pieces = {
+            kind: self._processor.id_to_piece(i) for kind, i in special.items() if i is not None
+        }
+        _write_config(folder, pieces)
 
     def _encode(self, text: str) -> list[int]:
         return [*self._begin, *self._processor.encode(text)]
@@ -166,17 +185,18 @@ class JsonTokenizer(Tokenizer):
         self.eos_id = eos_id
         self.pad_id = self._special("pad") or 0
 
-    def save(self, folder: Path) -> None:
-        """Writes ``tokenizer.json``, and the files about it."""
+    def copy(self, folder: Path) -> None:
+        """Copies ``tokenizer.json``, and the files about it."""
         shutil.copyfile(self._path, folder / _JSON)
         _copy_beside(self._path, folder)
         if not (folder / _CONFIG).exists():
-            values: dict[str, Any] = {"tokenizer_class": "PreTrainedTokenizerFast"}
-            for kind in ("bos", "eos"):
-                token = getattr(self, f"{kind}_id")
-                if token is not None:
-                    values[f"{kind}_token"] = self._tokenizer.id_to_token(token)
-            (folder / _CONFIG).write_text(json.dumps(values, indent=2) + "\n")
+            special = {"bos": self.bos_id, "eos": self.eos_id}
+            found = {k: self._tokenizer.id_to_token(i) for k, i in special.items() if i is not None}
+            _write_config(folder, found)
+
+    def save(self, folder: Path) -> None:
+        """Does what ``copy`` does."""
+        self.copy(folder)
 
     def _special(self, kind: str) -> int | None:
         """Finds the id of the begin, end or padding token."""
@@ -208,6 +228,13 @@ def _read_json(path: Path) -> dict[str, Any]:
     if not isinstance(values, dict):
         raise UserError(f"{path} is no JSON object")
     return values
+
+
+def _write_config(folder: Path, special: dict[str, str | None]) -> None:
+    """Writes which tokens begin, end and fill texts."""
+    values = {"tokenizer_class": "PreTrainedTokenizerFast", "clean_up_tokenization_spaces": False}
+    values |= {f"{kind}_token": token for kind, token in special.items()}
+    (folder / _CONFIG).write_text(json.dumps(values, indent=2) + "\n")
 
 
 def _copy_beside(path: Path, folder: Path) -> None:

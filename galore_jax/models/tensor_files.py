@@ -16,7 +16,7 @@ from galore_jax.errors import UserError
 INDEX = "model.safetensors.index.json"
 SINGLE = "model.safetensors"
 DTYPES = {"F32": np.dtype(np.float32), "F16": np.dtype(np.float16), "BF16": jnp.dtype("bfloat16")}
-_AT_ONCE = 16 * 2**20  # bytes of a tensor that are read at a time
+_AT_ONCE = 2**20  # bytes read or written at a time: a transpose within a CPU's cache is fast
 
 
 class TensorSpec(NamedTuple):
@@ -34,28 +34,21 @@ class TensorFiles:
     """
 
     def __init__(self, folder: Path):
-        """Opens the files and reads their headers.
+        """Reads the headers of the files.
 
         Raises:
           UserError: no such files, one that is damaged or cut short, files and index that differ,
             or a tensor of a dtype other than float32, float16 and bfloat16.
         """
-        self._files: dict[str, Any] = {}  # by the tensor's name
+        self._places: dict[str, tuple[Path, int]] = {}  # file and offset, by the tensor's name
         self.specs: dict[str, TensorSpec] = {}
         index = _read_index(folder)
         for file in sorted(set(index.values())) if index is not None else [SINGLE]:
-            opened = _open(folder, file)
-            for name in opened.keys():  # noqa: SIM118  # it is no dict
+            path = folder / file
+            for name, (spec, offset) in _read_header(path).items():
                 if index is not None and index.get(name) != file:
-                    raise UserError(f"{folder / file} has a tensor {name} that {INDEX} does not")
-                view = opened.get_slice(name)
-                if view.get_dtype() not in DTYPES:
-                    raise UserError(
-                        f"{folder / file}: {name} is {view.get_dtype()}; "
-                        f"weights must be {', '.join(DTYPES)}"
-                    )
-                self._files[name] = opened
-                self.specs[name] = TensorSpec(tuple(view.get_shape()), DTYPES[view.get_dtype()])
+                    raise UserError(f"{path} has a tensor {name} that {INDEX} does not place there")
+                self._places[name], self.specs[name] = (path, offset), spec
         for name, file in (index or {}).items():
             if name not in self.specs:
                 raise UserError(
@@ -63,7 +56,7 @@ class TensorFiles:
                 )
 
     def read_into(self, name: str, out: np.ndarray, *, transpose: bool = False) -> None:
-        """Reads a tensor into an array, whose dtype it takes, a few megabytes at a time.
+        """Reads a tensor into an array, whose dtype it takes, a piece at a time.
 
         Args:
           name: of the tensor.
@@ -82,13 +75,14 @@ class TensorFiles:
         )
 
     def _pieces(self, name: str) -> Iterator[tuple[slice, np.ndarray]]:
-        """Gives a tensor's rows, a few megabytes at a time."""
+        path, offset = self._places[name]
         shape, dtype = self.specs[name]
-        view = self._files[name].get_slice(name)
-        count = max(_AT_ONCE // (dtype.itemsize * math.prod(shape[1:])), 1)
-        for start in range(0, shape[0], count):
-            rows = slice(start, min(start + count, shape[0]))
-            yield rows, view[rows]
+        # Not mapped, for a mapped file's pages would count beside the arrays that they fill.
+        with path.open("rb") as file:
+            file.seek(offset)
+            for rows in _rows_at_once(self.specs[name]):
+                count = math.prod((rows.stop - rows.start, *shape[1:]))
+                yield rows, np.fromfile(file, dtype, count).reshape(-1, *shape[1:])
 
 
 def write_tensors(
@@ -128,6 +122,13 @@ def write_tensors(
     (folder / INDEX).write_text(json.dumps(index, indent=2) + "\n")
 
 
+def _rows_at_once(spec: TensorSpec) -> Iterator[slice]:
+    """Cuts the first axis of a tensor into pieces of about a megabyte."""
+    length, count = spec.shape[0], max(_AT_ONCE * spec.shape[0] // max(_nbytes(spec), 1), 1)
+    for start in range(0, length, count):
+        yield slice(start, min(start + count, length))
+
+
 def _nbytes(spec: TensorSpec) -> int:
     return math.prod(spec.shape) * spec.dtype.itemsize
 
@@ -153,10 +154,11 @@ def _write_file(
     with path.open("xb") as file:
         file.write(struct.pack("<Q", len(text)) + text)
         for name in names:
-            array = np.ascontiguousarray(get(name))
+            array = get(name)
             if (array.shape, array.dtype) != specs[name]:
                 raise ValueError(f"{name} is {array.shape} {array.dtype}, not {specs[name]}")
-            file.write(array.reshape(-1).view(np.uint8).data)
+            for rows in _rows_at_once(specs[name]):
+                file.write(np.ascontiguousarray(array[rows]).reshape(-1).view(np.uint8).data)
 
 
 def _read_index(folder: Path) -> dict[str, str] | None:
@@ -176,12 +178,28 @@ def _read_index(folder: Path) -> dict[str, str] | None:
     return index
 
 
-def _open(folder: Path, file: str) -> Any:
-    path = folder / file
+def _read_header(path: Path) -> dict[str, tuple[TensorSpec, int]]:
+    """Reads shape, dtype and place of every tensor of a file."""
     if not path.is_file():
-        raise UserError(f"{folder} lacks {file}, which its index names")
-    try:  # pread: the pages of a mapped file would count beside the arrays that they fill
-        return safe_open(path, framework="numpy", backend="pread")
+        raise UserError(f"{path.parent} lacks {path.name}, which its index names")
+    try:
+        with safe_open(path, framework="numpy"):  # checks the header, and that the file is whole
+            pass
+        with path.open("rb") as file:
+            (length,) = struct.unpack("<Q", file.read(8))
+            header = json.loads(file.read(length))
     except (SafetensorError, OSError) as error:
         reason = " ".join(str(error).split())
         raise UserError(f"{path} is no whole safetensors file: {reason}") from error
+    found = {}
+    for name, entry in header.items():
+        if name == "__metadata__":
+            continue
+        if entry["dtype"] not in DTYPES or not entry["shape"]:
+            raise UserError(
+                f"{path}: {name} is {entry['dtype']} of shape {entry['shape']}; weights are arrays "
+                f"in {', '.join(DTYPES)}"
+            )
+        spec = TensorSpec(tuple(entry["shape"]), DTYPES[entry["dtype"]])
+        found[name] = spec, 8 + length + entry["data_offsets"][0]
+    return found

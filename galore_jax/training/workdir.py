@@ -75,7 +75,7 @@ def keep_tokenizer(workdir: Path, tokenizer: Tokenizer) -> None:
     """Copies the tokenizer to the workdir, so that the run can be used wherever it is moved."""
     if not (workdir / "tokenizer").exists():
         with complete_or_absent(workdir / "tokenizer") as folder:
-            tokenizer.save(folder)
+            tokenizer.copy(folder)
 
 
 def _check_same_run(workdir: Path, wanted: Mapping[str, Any]) -> None:
