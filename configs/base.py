@@ -60,7 +60,8 @@ def get_config(arg: str = "") -> ConfigDict:
     config.data = ConfigDict()
     config.data.name = "c4"  # "c4", or "sample": English that needs no download
     config.data.data_dir = config_dict.placeholder(str)  # the folder that holds C4
-    config.data.tokenizer = config_dict.placeholder(str)  # a SentencePiece model; sample: its own
+    # A SentencePiece model, a tokenizer.json or a folder with either; None: the sample's own.
+    config.data.tokenizer = config_dict.placeholder(str)
     config.data.seq_len = 256  # tokens a sequence
     config.data.packing = False  # False: a document a row, cut or padded, as in the paper
 

@@ -5,6 +5,10 @@ r"""Draws a run, or several beside each other: losses, learning rate, tokens a s
 
 A RUN is the --workdir of train.py, also of a run that is still going on. Training losses are drawn
 thin as they were logged and bold as a running mean, held-out losses as points.
+
+flags:
+  --out=FILE.png|.svg     the picture (extra: plot)
+  --help                  this text
 """
 
 import math
@@ -15,9 +19,9 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
+from galore_jax.command import Flags, run_command
 from galore_jax.errors import UserError
 from galore_jax.memory.plot import check_path
-from galore_jax.training.cli import CommandParser, run_command
 from galore_jax.training.metrics import read_metrics
 
 _INK, _GREY = "#2b2b2b", "#666666"
@@ -192,16 +196,25 @@ def _log(perplexity: Any) -> Any:
     return np.log(np.maximum(perplexity, 1e-9))
 
 
-def _run(argv: list[str]) -> None:
-    parser = CommandParser("plot", __doc__ or "")
-    parser.add_argument("runs", metavar="RUN", nargs="+", type=Path, help="workdir of a run")
-    parser.add_argument("--out", metavar="FILE", required=True, type=Path, help="a .png or .svg")
-    arguments = parser.parse_args(argv[1:])
-    check_path(arguments.out, flag="--out")
-    runs = map(read_curves, arguments.runs, names(arguments.runs))
-    plot(list(runs), arguments.out)
-    print(f"written: {arguments.out}")
+def main(argv: list[str]) -> int:
+    """The command; see the module's text for its flags, and ``run_command`` for exit codes."""
+    return run_command(lambda: _run(argv[1:]))
+
+
+def _run(arguments: list[str]) -> None:
+    flags = Flags(__doc__ or "")
+    flags.add_argument("runs", nargs="*", type=Path)
+    flags.add_argument("--out", type=Path)
+    given = flags.parse(arguments)
+    if given is None:
+        return
+    if not given.runs or given.out is None:
+        raise UserError("give one RUN or more, and --out=FILE.png; --help tells more")
+    check_path(given.out, flag="--out")
+    runs = map(read_curves, given.runs, names(given.runs))
+    plot(list(runs), given.out)
+    print(f"written: {given.out}")
 
 
 if __name__ == "__main__":
-    sys.exit(run_command(_run, sys.argv))
+    sys.exit(main(sys.argv))

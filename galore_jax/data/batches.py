@@ -14,7 +14,7 @@ import numpy as np
 from galore_jax.data.c4 import check_tfds, find_c4
 from galore_jax.data.packing import IGNORED, document_row, packed_rows
 from galore_jax.data.sample import prepare_sample
-from galore_jax.data.tokenizer import Tokenizer
+from galore_jax.data.tokenizer import open_tokenizer
 from galore_jax.errors import UserError
 
 Batch = dict[str, np.ndarray]
@@ -29,7 +29,8 @@ class DataConfig:
     Attributes:
       name: ``"c4"`` or ``"sample"``.
       data_dir: the folder that holds C4; not for the sample.
-      tokenizer: path of a SentencePiece model; None takes the sample's own.
+      tokenizer: path of a SentencePiece model, a ``tokenizer.json`` or a folder with either; None
+        takes the sample's own.
       seq_len: tokens a row.
       packing: False: one document a row, cut or padded. True: documents joined into one stream.
     """
@@ -77,10 +78,10 @@ class TextData:
         self._source = find_c4(data_dir)
         if tokenizer is None:
             raise UserError(
-                "config.data.tokenizer is not set; give a SentencePiece model, for the paper's "
-                "runs the spiece.model of t5-base"
+                "config.data.tokenizer is not set; give a SentencePiece model or a tokenizer.json, "
+                "for the paper's runs the spiece.model of t5-base"
             )
-        self.tokenizer = Tokenizer(tokenizer)
+        self.tokenizer = open_tokenizer(tokenizer)
         if self.tokenizer.vocab_size > vocab_size:
             raise UserError(
                 f"the tokenizer has {self.tokenizer.vocab_size} ids and the model a vocabulary of "

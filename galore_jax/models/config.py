@@ -12,6 +12,39 @@ AttentionImplementation = Literal["xla", "cudnn"]
 
 
 @dataclasses.dataclass(frozen=True)
+class RopeScaling:
+    """Llama 3.1's scaling of rotary frequencies (arXiv:2407.21783) for a longer context.
+
+    Attributes:
+      factor: by which the lowest frequencies are divided, at least 1.
+      low_freq_factor: frequencies of fewer turns within the original context are divided.
+      high_freq_factor: frequencies of more turns stay; more than ``low_freq_factor``.
+      original_max_positions: the context that the model was first trained on.
+
+    Raises:
+      UserError: numbers that do not fit together.
+    """
+
+    factor: float
+    low_freq_factor: float
+    high_freq_factor: float
+    original_max_positions: int
+
+    def __post_init__(self):
+        for field in dataclasses.fields(self):
+            value = getattr(self, field.name)
+            if isinstance(value, bool) or not isinstance(value, int | float) or not value > 0:
+                raise UserError(f"rope scaling's {field.name} is {value!r}; it must be positive")
+        if self.factor < 1:
+            raise UserError(f"rope scaling's factor is {self.factor!r}; it must be at least 1")
+        if self.low_freq_factor >= self.high_freq_factor:
+            raise UserError(
+                f"rope scaling's low_freq_factor {self.low_freq_factor} must be less than its "
+                f"high_freq_factor {self.high_freq_factor}"
+            )
+
+
+@dataclasses.dataclass(frozen=True)
 class LlamaConfig:
     """The sizes and numerics of a ``galore_jax.models.llama.Llama``.
 
@@ -29,6 +62,11 @@ class LlamaConfig:
       vocab_size: V.
       rms_norm_eps: added to the mean square inside RMSNorm.
       rope_theta: the base of the rotary frequencies.
+      rope_scaling: of the rotary frequencies; None for none.
+      max_positions: the longest context that the model was made for; None where that is unknown.
+        Generation stops there.
+      bos_id: the token that begins a text; None if there is none.
+      eos_ids: the tokens that end a text.
       tie_embeddings: use the embedding's transpose as the head.
       init_std: standard deviation of the initial embedding, kernels and head.
       dtype: dtype of activations and matrix products. Norm, softmax and rotary arithmetic,
@@ -59,6 +97,10 @@ class LlamaConfig:
     vocab_size: int = 32000
     rms_norm_eps: float = 1e-6
     rope_theta: float = 1e4
+    rope_scaling: RopeScaling | None = None
+    max_positions: int | None = None
+    bos_id: int | None = None
+    eos_ids: tuple[int, ...] = ()
     tie_embeddings: bool = False
     init_std: float = 0.02
     dtype: DTypeLike = jnp.float32
@@ -71,7 +113,7 @@ class LlamaConfig:
         for name in ("dtype", "param_dtype"):
             object.__setattr__(self, name, _floating_dtype(name, getattr(self, name)))
         sizes = ("hidden_size", "intermediate_size", "num_layers", "num_heads", "vocab_size")
-        optional = ("num_kv_heads", "head_dim")
+        optional = ("num_kv_heads", "head_dim", "max_positions")
         for name in (*sizes, *optional, "loss_chunk_tokens"):
             size = getattr(self, name)
             if size is None and name in optional:
@@ -81,6 +123,9 @@ class LlamaConfig:
         for name in ("rms_norm_eps", "rope_theta", "init_std"):
             if not getattr(self, name) > 0:
                 raise UserError(f"{name} is {getattr(self, name)!r}; it must be positive")
+        for token in (*self.eos_ids, *([] if self.bos_id is None else [self.bos_id])):
+            if isinstance(token, bool) or not isinstance(token, int):
+                raise UserError(f"the special token {token!r} is no id; ids are integers")
         if self.head_dim is None and self.hidden_size % self.num_heads:
             raise UserError(
                 f"hidden_size {self.hidden_size} is not a multiple of num_heads {self.num_heads};"

@@ -6,10 +6,11 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
-from flax import nnx
+from flax import nnx, traverse_util
 
+from galore_jax.errors import UserError
 from galore_jax.kernels import linear
-from galore_jax.models.attention import causal_attention, rotary
+from galore_jax.models.attention import Cache, causal_attention, rotary
 from galore_jax.models.config import LlamaConfig
 from galore_jax.models.embedding import embed
 from galore_jax.models.losses import cross_entropy
@@ -94,15 +95,34 @@ class Attention(nnx.Module):
 
     def __call__(self, x: jax.Array, positions: jax.Array) -> jax.Array:
         """(B, S, D) to (B, S, D); ``positions`` is (S,) or (B, S)."""
+        return self._attend(*self._project(x, positions))
+
+    def extend(
+        self, x: jax.Array, positions: jax.Array, cache: Cache, layer: jax.Array
+    ) -> tuple[jax.Array, Cache]:
+        """As a call, for rows (B, S, D) that follow those that the cache has."""
+        query, key, value = self._project(x, positions)
+        cache = cache.put(layer, positions[0], key, value)
+        return self._attend(query, *cache.of(layer), positions), cache
+
+    def _project(
+        self, x: jax.Array, positions: jax.Array
+    ) -> tuple[jax.Array, jax.Array, jax.Array]:
+        """(B, S, D) to queries (B, S, N, H), keys and values (B, S, K, H), with their positions."""
         config = self.config
         batch, length, _ = x.shape
         query = self.q_proj(x).reshape(batch, length, config.num_heads, config.head_size)
         key = self.k_proj(x).reshape(batch, length, config.kv_heads, config.head_size)
         value = self.v_proj(x).reshape(batch, length, config.kv_heads, config.head_size)
-        query = rotary(query, positions, config.rope_theta)
-        key = rotary(key, positions, config.rope_theta)
-        heads = causal_attention(query, key, value, config.attention_implementation)
-        return self.o_proj(heads.reshape(batch, length, -1))
+        query = rotary(query, positions, config.rope_theta, config.rope_scaling)
+        key = rotary(key, positions, config.rope_theta, config.rope_scaling)
+        return query, key, value
+
+    def _attend(self, query: Any, key: Any, value: Any, positions: Any = None) -> jax.Array:
+        """Queries (B, S, N, H), with keys and values (B, T, K, H), to (B, S, D)."""
+        implementation = self.config.attention_implementation
+        heads = causal_attention(query, key, value, implementation, positions)
+        return self.o_proj(heads.reshape(*heads.shape[:2], -1))
 
 
 class MLP(nnx.Module):
@@ -136,6 +156,13 @@ class Block(nnx.Module):
     def attend(self, x: jax.Array, positions: jax.Array) -> jax.Array:
         """Runs the first half of the block."""
         return x + self.attn(self.input_norm(x), positions)
+
+    def extend(
+        self, x: jax.Array, positions: jax.Array, cache: Cache, layer: jax.Array
+    ) -> tuple[jax.Array, Cache]:
+        """As a call, for rows (B, S, D) that follow those that the cache has."""
+        attended, cache = self.attn.extend(self.input_norm(x), positions, cache, layer)
+        return self.feed_forward(x + attended), cache
 
     def feed_forward(self, x: jax.Array) -> jax.Array:
         """Runs the second half."""
@@ -201,6 +228,30 @@ class Llama(nnx.Module):
         x, _ = jax.lax.scan(apply_block, self.embed(tokens), stack)
         return self.final_norm(x)
 
+    def extend(self, tokens: jax.Array, cache: Cache, start: jax.Array) -> tuple[jax.Array, Cache]:
+        """Computes ``hidden_states`` of tokens that follow those in a cache.
+
+        Args:
+          tokens: ``(B, S)``, int32.
+          cache: has keys and values of the positions before ``start``; what it has after them does
+            not matter.
+          start: the position of the first of ``tokens``; the last one must have room in the cache.
+
+        Returns:
+          ``(B, S, D)`` in the compute dtype, and the cache with the keys and values of ``tokens``.
+        """
+        positions = start + jnp.arange(tokens.shape[1], dtype=jnp.int32)
+        graphdef, stack = nnx.split(self.blocks)
+
+        def apply_block(carry, layer):
+            x, cache = carry
+            params, index = layer
+            return nnx.merge(graphdef, params).extend(x, positions, cache, index), None
+
+        layers = stack, jnp.arange(self.config.num_layers, dtype=jnp.int32)
+        (x, cache), _ = jax.lax.scan(apply_block, (self.embed(tokens), cache), layers)
+        return self.final_norm(x), cache
+
     def logits(self, tokens: jax.Array) -> jax.Array:
         """Computes logits ``(B, S, V)``, float32, of the token after each of ``tokens`` (B, S)."""
         return linear(self.hidden_states(tokens), self.head, out_dtype=jnp.float32)
@@ -241,6 +292,29 @@ def init_params(config: LlamaConfig, key: jax.Array) -> tuple[nnx.GraphDef, Para
     """
     graphdef, state = nnx.split(Llama(config, rngs=nnx.Rngs(key)))
     return graphdef, nnx.to_pure_dict(state)
+
+
+def check_params(config: LlamaConfig, params: Params, what: str = "the params") -> None:
+    """Checks that params have the names and shapes of a model's.
+
+    Args:
+      config: the model.
+      params: nested dicts of arrays.
+      what: what to call them in the message.
+
+    Raises:
+      UserError: one that the model lacks, or that lacks, or of another shape.
+
+    >>> config = LlamaConfig(16, 24, num_layers=2, num_heads=2, vocab_size=32)
+    >>> _, params = init_params(config, jax.random.key(0))
+    >>> check_params(config, params)
+    """
+    _, shapes = jax.eval_shape(functools.partial(init_params, config), jax.random.key(0))
+    wanted, found = traverse_util.flatten_dict(shapes), traverse_util.flatten_dict(params)
+    for path in sorted(wanted.keys() | found.keys()):
+        want, has = (getattr(tree.get(path), "shape", "no array") for tree in (wanted, found))
+        if has != want:
+            raise UserError(f"{what} do not fit the model: {'/'.join(path)} is {has}, not {want}")
 
 
 def apply(graphdef: nnx.GraphDef, params: Params) -> Llama:

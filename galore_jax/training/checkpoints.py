@@ -11,14 +11,10 @@ Orbax writes and reads them. This module adds what Orbax leaves open (each was t
 
 import concurrent.futures
 import errno
-import json
 import logging
 import os
 import shutil
-import sys
 import textwrap
-import warnings
-import zlib
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -30,6 +26,8 @@ from flax import traverse_util
 from orbax.checkpoint import v1 as ocp
 
 from galore_jax.errors import UserError
+from galore_jax.training.array_index import describe, index_array, json_crc32, placeholder
+from galore_jax.training.quiet_orbax import quiet_orbax
 
 _logger = logging.getLogger(__name__)
 _PARTIAL = ".orbax-checkpoint-tmp"  # in the names of folders that are not complete
@@ -53,11 +51,12 @@ class Checkpoints:
     Each step's folder is an Orbax checkpoint of three checkpointables: ``state``, the arrays as
     nested dicts named like the pytree's paths (PRNG keys as their key data); ``data``, the JSON
     dict given to ``save``; and ``leaves``, the shape, dtype and CRC-32 of every array.
-    One process at a time may have the folder open: opening it removes what a killed save left.
+    One process at a time may have the folder open to write: that removes what a killed save left.
 
     Args:
       directory: a local folder, made if it is missing.
       keep: how many checkpoints stay, at least 1. An older one goes only after a newer is complete.
+      read_only: only to read, which any number of processes may do at any time.
       warn: called with one line for each damaged checkpoint that ``restore`` passes over.
 
     Raises:
@@ -68,7 +67,8 @@ class Checkpoints:
         self,
         directory: str | os.PathLike[str],
         *,
-        keep: int,
+        keep: int = 1,
+        read_only: bool = False,
         warn: Callable[[str], object] = _logger.warning,
     ):
         if keep < 1:
@@ -80,13 +80,16 @@ class Checkpoints:
         self._saving_what = (0, 0)  # step and bytes
         self._thread = concurrent.futures.ThreadPoolExecutor(1, "checkpoints")
 
-        _quiet_orbax()
+        quiet_orbax()
         registry = ocp.handlers.local_registry()
         for name in ("data", "leaves"):  # a dict of numbers would else be saved as arrays
             registry.add(ocp.handlers.JsonHandler, checkpointable_name=name)
         self._context = ocp.Context()
         self._context.checkpointables.registry = registry
         self._context.memory.deepcopy_host_arrays = False  # ``save`` hands over arrays of its own
+        self._context.pytree.loading.partial_load = True  # the arrays asked for alone
+        if read_only:
+            return
         try:
             self.directory.mkdir(parents=True, exist_ok=True)
             self._remove_partial()
@@ -130,11 +133,11 @@ class Checkpoints:
         if step in set(self.steps()).difference(self._damaged):
             return
         host = _host_copy(state)
-        leaves = {"/".join(path): _index(leaf) for path, leaf in host.items()}
+        leaves = {"/".join(path): index_array(leaf) for path, leaf in host.items()}
         checkpointables = {
             "state": traverse_util.unflatten_dict(host),
             "data": data,
-            "leaves": {"arrays": leaves, "crc32": _json_crc32([leaves, data])},
+            "leaves": {"arrays": leaves, "crc32": json_crc32([leaves, data])},
         }
         self._saving_what = (step, sum(leaf.nbytes for leaf in host.values()))
         self._saving = self._thread.submit(self._write, step, checkpointables)
@@ -182,10 +185,40 @@ class Checkpoints:
             padded or cut to fit. Or every checkpoint is damaged: whether to start afresh is the
             user's decision.
         """
+        return self._newest_intact(lambda step: self._restore_step(step, abstract_state))
+
+    def restore_part(self, part: str, step: int | None = None) -> Restored | None:
+        """Reads one field of the saved states, such as ``params``, without the rest.
+
+        Args:
+          part: the name of the field.
+          step: which checkpoint; None for the newest intact one.
+
+        Returns:
+          As ``restore``; the state is the field alone, as nested dicts of arrays on the default
+          device.
+
+        Raises:
+          UserError: there is no checkpoint of that step, or that one or every one is damaged.
+        """
+        if step is None:
+            return self._newest_intact(lambda step: self._restore_part(step, part))
+        steps = self.steps()
+        if step not in steps:
+            kept = f"it has those of steps {steps}" if steps else "it has none"
+            raise UserError(f"{self.directory} has no checkpoint of step {step}; {kept}")
+        try:
+            return self._restore_part(step, part)
+        except _Unreadable as error:
+            raise UserError(
+                f"the checkpoint of step {step} in {self.directory} is damaged ({error})"
+            ) from error
+
+    def _newest_intact(self, restore: Callable[[int], Restored]) -> Restored | None:
         steps = self.steps()
         for step in reversed(steps):
             try:
-                return self._restore_step(step, abstract_state)
+                return restore(step)
             except _Unreadable as error:
                 self._damaged.append(step)
                 self._warn(f"the checkpoint of step {step} is damaged ({error}): passing over it")
@@ -216,21 +249,38 @@ class Checkpoints:
         for path in self.directory.glob(f"*{_PARTIAL}*"):
             shutil.rmtree(path, ignore_errors=True)
 
-    def _restore_step(self, step: int, abstract_state: Any) -> Restored:
-        saved = self._read(step, "data", "leaves")
+    def _restore_part(self, step: int, part: str) -> Restored:
+        data, arrays = self._read_index(step)
+        wanted = {name: entry for name, entry in arrays.items() if name.startswith(f"{part}/")}
+        like = {tuple(name.split("/")): placeholder(entry) for name, entry in wanted.items()}
+        state = self._read(step, state=traverse_util.unflatten_dict(like))["state"]
+        host: Any = traverse_util.flatten_dict(state[part])
+        for path in list(host):
+            name, array = "/".join((part, *path)), host[path]
+            if index_array(array) != arrays[name]:
+                raise _Unreadable(f"the checksum of {name} differs")
+            host[path] = jax.device_put(array)
+        return Restored(step, traverse_util.unflatten_dict(host), data)
+
+    def _read_index(self, step: int) -> tuple[dict[str, Any], dict[str, Any]]:
+        """Reads the JSON data of a checkpoint, and shape, dtype and checksum of its arrays."""
+        saved = self._read(step, data=None, leaves=None)
         data, index = saved["data"], saved["leaves"]
         if not isinstance(index, dict) or index.keys() != {"arrays", "crc32"}:
             raise _Unreadable("the list of its arrays is garbled")
         arrays = index["arrays"]
-        if index["crc32"] != _json_crc32([arrays, data]):
+        if index["crc32"] != json_crc32([arrays, data]):
             raise _Unreadable("a JSON file's checksum differs")
+        return data, arrays
 
+    def _restore_step(self, step: int, abstract_state: Any) -> Restored:
+        data, arrays = self._read_index(step)
         leaves, treedef = jax.tree.flatten_with_path(abstract_state)
         wanted = {"/".join(_names(path)): jax.eval_shape(_without_key, x) for path, x in leaves}
         for name in wanted | arrays:
-            has = _describe(**arrays[name]) if name in arrays else "missing"
+            has = describe(**arrays[name]) if name in arrays else "missing"
             leaf = wanted.get(name)
-            needs = "absent" if leaf is None else _describe(leaf.shape, leaf.dtype)
+            needs = "absent" if leaf is None else describe(leaf.shape, leaf.dtype)
             if has != needs:
                 raise UserError(
                     f"the checkpoint of step {step} in {self.directory} does not fit the model: "
@@ -238,29 +288,30 @@ class Checkpoints:
                     "config that wrote it, or start in another workdir"
                 )
 
-        host = traverse_util.flatten_dict(self._read(step, "state")["state"])
+        host = traverse_util.flatten_dict(self._read(step, state=None)["state"])
         restored = []
         for path, leaf in leaves:
             name, array = "/".join(_names(path)), np.asarray(host.pop(_names(path), ()))
-            if _index(array) != arrays[name]:
+            if index_array(array) != arrays[name]:
                 raise _Unreadable(f"the checksum of {name} differs")
             array = jax.device_put(array, getattr(leaf, "sharding", None))
             restored.append(jax.random.wrap_key_data(array) if _is_key(leaf) else array)
         return Restored(step, treedef.unflatten(restored), data)
 
-    def _load(self, step: int, names: tuple[str, ...]) -> dict[str, Any]:
+    def _load(self, step: int, wanted: dict[str, Any]) -> dict[str, Any]:
         with self._context:
-            return ocp.load_checkpointables(f"{self.directory}/{step}", dict.fromkeys(names))
+            return ocp.load_checkpointables(f"{self.directory}/{step}", wanted)
 
-    def _read(self, step: int, *names: str) -> dict[str, Any]:
+    def _read(self, step: int, **wanted: Any) -> dict[str, Any]:
+        """Reads checkpointables; those whose value is None whole, else the arrays it is like."""
         try:  # in the thread: in the main one uvloop would take over the handling of signals
-            return self._thread.submit(self._load, step, names).result()
+            return self._thread.submit(self._load, step, wanted).result()
         except (KeyError, ValueError, OSError) as error:  # KeyError: Orbax's own, for any cause
             cause = error.__cause__ or error.__context__ or error
             if isinstance(cause, MemoryError):
                 raise cause from None
             reason = textwrap.shorten(str(cause) or type(cause).__name__, 100, placeholder=" ...")
-            raise _Unreadable(f"{' and '.join(names)}: {reason}") from None
+            raise _Unreadable(f"{' and '.join(wanted)}: {reason}") from None
 
 
 def _names(path: tuple[Any, ...]) -> tuple[str, ...]:
@@ -284,21 +335,6 @@ def _host_copy(state: Any) -> dict[tuple[str, ...], np.ndarray]:
     return {_names(path): copy(leaf) for (path, _), leaf in zip(leaves, host, strict=True)}
 
 
-def _index(array: np.ndarray) -> dict[str, Any]:
-    crc32 = zlib.crc32(np.ascontiguousarray(array).reshape(-1).view(np.uint8).data)
-    return {"shape": list(array.shape), "dtype": array.dtype.name, "crc32": crc32}
-
-
-def _json_crc32(value: Any) -> int:
-    as_read_back = json.loads(json.dumps(value))  # keys are strings, tuples are lists
-    return zlib.crc32(json.dumps(as_read_back, sort_keys=True).encode())
-
-
-def _describe(shape: Any, dtype: Any, crc32: int = 0) -> str:
-    """Names an array's type, such as ``bfloat16[8,512,512]``."""
-    return f"{np.dtype(dtype).name}[{','.join(str(n) for n in shape)}]"
-
-
 def _os_error(error: BaseException | None) -> int | None:
     """Finds the number of the system's error behind ``error``; tensorstore has it in text alone."""
     codes = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EACCES, errno.EIO)
@@ -310,22 +346,3 @@ def _os_error(error: BaseException | None) -> int | None:
                 return code
         error = error.__cause__ or error.__context__
     return None
-
-
-def _quiet_orbax() -> None:
-    """Drops what Orbax's threads print, above all after a failure, which the caller gets anyway."""
-    for name in ("absl", "asyncio"):
-        logging.getLogger(name).addFilter(_is_news)
-    warnings.filterwarnings("ignore", "coroutine .* was never awaited", RuntimeWarning)
-    if sys.unraisablehook is sys.__unraisablehook__:
-        sys.unraisablehook = _print_unraisable
-
-
-def _is_news(record: logging.LogRecord) -> bool:
-    unretrieved = record.name == "asyncio" and "was never retrieved" in record.getMessage()
-    return not (unretrieved or f"{os.sep}orbax{os.sep}" in record.pathname)
-
-
-def _print_unraisable(unraisable: Any) -> None:
-    if str(unraisable.exc_value) != "Event loop is closed":
-        sys.__unraisablehook__(unraisable)

@@ -1,16 +1,13 @@
 """The trainer's command line: ``--config``, its overrides and ``--workdir``."""
 
-import argparse
 import ast
 import dataclasses
 import difflib
-import os
 import re
 import runpy
 import sys
-from collections.abc import Callable
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any
 
 from galore_jax.errors import UserError
 from galore_jax.training.config import flat_items
@@ -70,41 +67,6 @@ def parse(argv: list[str], *, usage: str, configs: Path) -> Arguments | None:
     name = "-".join([Path(stem).stem, *rows, config.method, config.optimizer.name])
     default = Path("runs") / name
     return Arguments(config, Path(workdir).expanduser() if workdir else default)
-
-
-class CommandParser(argparse.ArgumentParser):
-    """An ``argparse`` parser whose help is a module's docstring, and whose errors are one line.
-
-    Raises:
-      UserError: by ``parse_args``, where the arguments are wrong.
-    """
-
-    def __init__(self, name: str, doc: str):
-        super().__init__(
-            prog=f"python -m galore_jax.{name}",
-            description=doc,
-            formatter_class=argparse.RawDescriptionHelpFormatter,
-            allow_abbrev=False,
-        )
-
-    def error(self, message: str) -> NoReturn:
-        """Raises the UserError."""
-        raise UserError(f"{message}; {self.prog} --help says more")
-
-
-def run_command(command: Callable[[list[str]], None], argv: list[str]) -> int:
-    """Runs a command; returns 0, 2 after a one-line error, 130 if interrupted."""
-    try:
-        command(argv)
-    except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
-    except KeyboardInterrupt:
-        return 130
-    except BrokenPipeError:  # as in `... | head`
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        return 141
-    return 0
 
 
 def help_text(usage: str, configs: Path) -> str:

@@ -126,12 +126,7 @@ def make_experiment(config: Config) -> Experiment:
       UserError: a value that is not allowed, or settings that do not go together.
     """
     check_config(config)
-    model = LlamaConfig(
-        **config.model.to_dict(),
-        dtype=config.dtype,
-        param_dtype=config.param_dtype,
-        remat=config.remat,
-    )
+    model = model_config(config)
     data = DataConfig(**config.data.to_dict())
     task = LanguageModelling(data, model.vocab_size, model.loss_chunk_tokens)
     projected = config.projected_gradients
@@ -157,6 +152,20 @@ def make_experiment(config: Config) -> Experiment:
         experiment,
         layer_optimizer=_layer_optimizer(experiment),
         mode=dataclasses.replace(mode, side_by_side=side_by_side),
+    )
+
+
+def model_config(config: Config) -> LlamaConfig:
+    """Makes the model that a config describes.
+
+    Raises:
+      UserError: sizes that do not fit together, or an unknown dtype.
+    """
+    return LlamaConfig(
+        **config.model.to_dict(),
+        dtype=config.dtype,
+        param_dtype=config.param_dtype,
+        remat=config.remat,
     )
 
 

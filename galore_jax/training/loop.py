@@ -20,14 +20,15 @@ from galore_jax.training.progress import Progress, format_count, format_duration
 from galore_jax.training.signals import StopRequest
 from galore_jax.training.step import NORMS, TrainState, all_finite, make_eval_step
 from galore_jax.training.tasks import perplexity
-from galore_jax.training.workdir import check_writable, claim, config_json
+from galore_jax.training.workdir import check_writable, claim, config_json, keep_tokenizer
 
 
 def train(config: Config, workdir: Path) -> None:
     """Trains as ``config`` says, in ``workdir``; resumes what is there.
 
-    Writes ``config.json``, ``versions.json``, ``metrics.jsonl`` and ``checkpoints/`` to the
-    workdir. SIGTERM, SIGINT and SIGHUP end the run after the update under way, with a checkpoint.
+    Writes ``config.json``, ``versions.json``, ``metrics.jsonl``, ``tokenizer/`` and
+    ``checkpoints/`` to the workdir. SIGTERM, SIGINT and SIGHUP end the run after the update under
+    way, with a checkpoint.
 
     Args:
       config: every key of ``configs/base.py``.
@@ -67,6 +68,7 @@ def train(config: Config, workdir: Path) -> None:
                     state, resume_step = run.resume(restored), restored.step
                 if not stop.requested:
                     write_run_record(workdir, config_json(config), first=restored is None)
+                    keep_tokenizer(workdir, data.tokenizer)
                     with (
                         MetricsLog(
                             workdir, resume_step=resume_step, tensorboard=config.tensorboard

@@ -8,7 +8,9 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+from galore_jax.data.tokenizer import Tokenizer
 from galore_jax.errors import UserError
+from galore_jax.folders import complete_or_absent
 from galore_jax.training.config import Config, flat_items
 
 # Keys that leave every weight of a run as it is: they may change when it is resumed.
@@ -67,6 +69,13 @@ def check_writable(workdir: Path) -> None:
     for name in ("config.json", "versions.json", "metrics.jsonl"):
         if (workdir / name).is_dir():
             raise UserError(f"{workdir / name} is a folder; remove it, or give another --workdir")
+
+
+def keep_tokenizer(workdir: Path, tokenizer: Tokenizer) -> None:
+    """Copies the tokenizer to the workdir, so that the run can be used wherever it is moved."""
+    if not (workdir / "tokenizer").exists():
+        with complete_or_absent(workdir / "tokenizer") as folder:
+            tokenizer.copy(folder)
 
 
 def _check_same_run(workdir: Path, wanted: Mapping[str, Any]) -> None:

@@ -8,7 +8,6 @@ import pytest
 
 from galore_jax import plot
 from galore_jax.errors import UserError
-from galore_jax.training.cli import run_command
 
 
 def write_run(folder, *, steps=40, end=5.0, lines=()):
@@ -55,7 +54,7 @@ def test_running_mean_has_no_bias_and_skips_gaps():
 def test_several_runs_in_one_picture(tmp_path, suffix, capsys):
     runs = [str(write_run(tmp_path / f"lr{i}" / "run", end=5 + i / 10)) for i in range(10)]
     out = tmp_path / f"runs.{suffix}"
-    assert run_command(plot._run, ["plot", *runs, f"--out={out}"]) == 0
+    assert plot.main(["plot", *runs, f"--out={out}"]) == 0
     assert out.stat().st_size > 10_000
     assert str(out) in capsys.readouterr().out
     if suffix == "svg":  # text is drawn as paths, after comments that spell it
@@ -71,7 +70,8 @@ def test_the_first_fall_does_not_set_the_scale(tmp_path):
 @pytest.mark.parametrize(
     ("arguments", "expected"),
     [
-        (["run"], "the following arguments are required: --out"),
+        (["run"], "give one RUN or more, and --out=FILE.png"),
+        (["run", "--otu=run.png"], "--otu"),
         (["run", "--out=run.gif"], "--out=run.gif must end in .png or .svg"),
         (["run", "--out=none/run.png"], "there is no folder none"),
         (["nothing", "--out=run.png"], "nothing is no run: it has no metrics.jsonl"),
@@ -82,7 +82,7 @@ def test_bad_input_is_one_line(tmp_path, monkeypatch, capsys, arguments, expecte
     monkeypatch.chdir(tmp_path)
     write_run(tmp_path / "run")
     write_run(tmp_path / "fresh", steps=0)
-    assert run_command(plot._run, ["plot", *arguments]) == 2
+    assert plot.main(["plot", *arguments]) == 2
     error = capsys.readouterr().err
     assert error.startswith("error: ")
     assert expected in error

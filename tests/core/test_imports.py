@@ -13,8 +13,12 @@ MODULES = {
 # The modules of the report that compile the trainer's steps lie above the trainer's.
 REPORT = {f"galore_jax.memory.{name}" for name in ("fit", "report", "compare", "plot", "__main__")}
 FOLDERS = {"models", "data", "memory", "training"}
-# `python -m galore_jax.NAME`: above everything, and imported by nothing.
-COMMANDS = {f"galore_jax.{name}" for name in ("evaluate", "export", "generate", "plot")}
+# `python -m galore_jax.NAME`: above all else, imported by nothing.
+COMMANDS = {
+    name
+    for name, path in MODULES.items()
+    if path.parent == PACKAGE and 'if __name__ == "__main__":' in path.read_text()
+}
 
 
 def imported(name):
@@ -33,7 +37,7 @@ IMPORTS = {name: set(imported(name)) for name in MODULES}
 
 
 def folder(name):
-    """The folder of a module of the package, or "core", or "commands"."""
+    """The folder of a module of the package, or "core" or "commands"."""
     if name in COMMANDS:
         return "commands"
     parts = name.split(".")
@@ -63,8 +67,8 @@ def test_imports_point_down():
         allowed = below["training"] if name in REPORT else below[folder(name)]
         for other in imports & MODULES.keys():
             assert folder(other) in allowed, f"{name} imports {other}"
-            is_above = name in REPORT or folder(name) in ("training", "commands")
-            assert is_above or other not in REPORT
+            above = name in REPORT or folder(name) in ("training", "commands")
+            assert above or other not in REPORT
 
 
 def test_the_core_and_the_counting_import_jax_numpy_and_optax_alone():

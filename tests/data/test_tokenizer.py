@@ -1,12 +1,12 @@
 import pytest
 from small_c4 import TEXTS
 
-from galore_jax.data.tokenizer import Tokenizer, train_tokenizer
+from galore_jax.data.tokenizer import open_tokenizer, train_tokenizer
 from galore_jax.errors import UserError
 
 
 def test_encodes_with_the_end_token_and_decodes(tokenizer_path):
-    tokenizer = Tokenizer(tokenizer_path)
+    tokenizer = open_tokenizer(tokenizer_path)
     ids = tokenizer.encode("the model reads text")
     assert ids[-1] == tokenizer.eos_id == 1
     assert tokenizer.eos_id not in ids[:-1]
@@ -25,10 +25,10 @@ def test_not_a_sentencepiece_model(tmp_path, content):
     path = tmp_path / "some.model"
     path.write_bytes(content)
     with pytest.raises(UserError, match=r"some\.model is not a SentencePiece model"):
-        Tokenizer(path)
+        open_tokenizer(path)
 
 
 def test_missing_and_folder(tmp_path):
     for path in (tmp_path / "nowhere.model", tmp_path):
         with pytest.raises(UserError, match="no such file"):
-            Tokenizer(path)
+            open_tokenizer(path)

@@ -7,7 +7,7 @@ import pytest
 import sentencepiece
 import tokenizers
 
-from galore_jax.data import tokenizer_json
+from galore_jax.data.sentencepiece_json import as_json_tokenizer
 from galore_jax.errors import UserError
 
 WORDS = "low lower lowest new newer the of galore café naïve stream 12 345 ab-ab <tag> ﬁne №5"
@@ -41,7 +41,7 @@ def test_ids_are_those_of_sentencepiece(tmp_path, model_type, byte_fallback, mor
     size = 400 if byte_fallback else 110
     options = {"model_type": model_type, "vocab_size": size, "byte_fallback": byte_fallback}
     given, path = train(tmp_path, **options, hard_vocab_limit=False, **more)
-    converted = tokenizer_json.from_sentencepiece(path)
+    converted = as_json_tokenizer(path)
     assert converted.get_vocab_size() == given.vocab_size()
     converted.save(str(tmp_path / "tokenizer.json"))
     converted = tokenizers.Tokenizer.from_file(str(tmp_path / "tokenizer.json"))
@@ -52,12 +52,7 @@ def test_ids_are_those_of_sentencepiece(tmp_path, model_type, byte_fallback, mor
             assert converted.decode(ids) == given.decode(ids)
 
 
-def test_the_files_that_are_refused(tmp_path):
-    path = tmp_path / "tokenizer.model"
-    for content in (b"", b"not a model"):
-        path.write_bytes(content)
-        with pytest.raises(UserError, match="is not a SentencePiece model"):
-            tokenizer_json.from_sentencepiece(path)
+def test_a_model_of_words_is_refused(tmp_path):
     _, path = train(tmp_path, model_type="word", vocab_size=20)
-    with pytest.raises(UserError, match="words or characters"):
-        tokenizer_json.from_sentencepiece(path)
+    with pytest.raises(UserError, match="only models of byte pairs or unigrams"):
+        as_json_tokenizer(path)
