@@ -19,6 +19,9 @@ def get_config(arg: str = "") -> ConfigDict:
     # "galore", or "full": the optimizer on the full gradients. Choose after the colon of --config,
     # as in --config=configs/llama.py:60m,method=full, so that the learning rate goes with it.
     config.method = "galore"
+    # Go on from a LLaMA in Hugging Face's format: a folder, whose sizes take the place of those of
+    # config.model, and whose tokenizer that of config.data.tokenizer where that is None.
+    config.init_from = config_dict.placeholder(str)
     config.seed = 0  # of the initial weights and of the order of the data
     config.train_steps = 10_000  # updates
     config.batch_size = 512  # sequences an update
@@ -52,6 +55,9 @@ def get_config(arg: str = "") -> ConfigDict:
     config.model.head_dim = config_dict.placeholder(int)  # None: hidden_size / num_heads
     config.model.rms_norm_eps = 1e-6  # added to the mean square
     config.model.rope_theta = 1e4  # base of the rotary frequencies
+    # None, or Llama 3's (factor, low_freq_factor, high_freq_factor, original positions)
+    config.model.rope_scaling = config_dict.placeholder(tuple)
+    config.model.max_positions = config_dict.placeholder(int)  # it was made for; None: seq_len
     config.model.tie_embeddings = False  # the embedding's transpose as the head
     config.model.init_std = 0.02  # of embedding, kernels and head
     config.model.attention_implementation = config_dict.placeholder(str)  # None, "xla", "cudnn"

@@ -120,11 +120,11 @@ def plot(runs: list[Curves], path: Path) -> None:
     for i, run in enumerate(runs):
         colour = _COLOURS[i % len(_COLOURS)]
         style: Any = {"color": colour, "linestyle": "-" if i < len(_COLOURS) else "--"}
-        mean = running_mean(run.loss, len(run.loss) / 50)
+        mean = running_mean(run.loss, max(5.0, len(run.loss) / 40))
         loss.plot(run.tokens, run.loss, linewidth=0.6, alpha=0.35, **style)
         loss.plot(run.tokens, mean, linewidth=1.6, label=_label(run), **style)
         marks = {"marker": "o", "markersize": 5, "markeredgecolor": "white", "linestyle": ""}
-        loss.plot(run.eval_tokens, run.eval_loss, color=colour, zorder=3, **marks)
+        loss.plot(run.eval_tokens, run.eval_loss, color=colour, zorder=3, clip_on=False, **marks)
         rate.plot(run.tokens, run.learning_rate, linewidth=1.4, **style)
         speed.plot(run.tokens, run.speed, linewidth=1.2, **style)
     loss.set_ylim(*_loss_limits(runs))
@@ -182,7 +182,7 @@ def _label(run: Curves) -> str:
 
 def _loss_limits(runs: list[Curves]) -> tuple[float, float]:
     """Leaves out the first fall from the loss of guessing, which would press the rest together."""
-    late = [run.loss[run.tokens >= 0.05 * run.tokens[-1]] for run in runs]
+    late = [run.loss[run.tokens >= 0.1 * run.tokens[-1]] for run in runs]
     shown = np.concatenate([*late, *(run.eval_loss[1:] for run in runs)])
     shown = shown[np.isfinite(shown)]
     if not shown.size:

@@ -2,6 +2,7 @@
 
 import dataclasses
 import functools
+from pathlib import Path
 from typing import Any
 
 import jax
@@ -11,8 +12,9 @@ import optax
 from galore_jax.data.batches import DataConfig
 from galore_jax.errors import UserError
 from galore_jax.memory.count import tree_bytes
-from galore_jax.models import llama
-from galore_jax.models.llama import LlamaConfig
+from galore_jax.models import huggingface, llama
+from galore_jax.models.config import LlamaConfig, RopeScaling
+from galore_jax.models.huggingface_config import read_config
 from galore_jax.models.stages import BLOCKS, LAYERS, Stages
 from galore_jax.per_layer import is_leafwise
 from galore_jax.training.config import Config, check_config
@@ -55,6 +57,18 @@ class Experiment:
         """Makes the state before the first update; a pure function for ``jax.jit``."""
         _, params = llama.init_params(self.model, key)
         return TrainState(jnp.zeros([], jnp.int32), params, self.optimizer.init(params))
+
+    def first_state(self) -> TrainState:
+        """Makes that state on the device, with new weights or those of ``config.init_from``.
+
+        Raises:
+          UserError: a folder that is damaged or does not fit.
+        """
+        if self.config.init_from is None:
+            return jax.jit(self.init)(jax.random.key(self.config.seed))
+        _, params = huggingface.load(self.config.init_from, self.model.param_dtype)
+        start = jax.jit(self.optimizer.init)
+        return TrainState(jnp.zeros([], jnp.int32), params, start(params))
 
     def abstract_state(self) -> TrainState:
         """Returns the shapes of the state.
@@ -126,7 +140,14 @@ def make_experiment(config: Config) -> Experiment:
       UserError: a value that is not allowed, or settings that do not go together.
     """
     check_config(config)
+    if config.init_from is not None:
+        config = _with_sizes_of(Path(config.init_from).expanduser(), config)
     model = model_config(config)
+    if model.max_positions is not None and config.data.seq_len > model.max_positions:
+        raise UserError(
+            f"config.data.seq_len={config.data.seq_len} must be at most {model.max_positions}, the "
+            "positions of the model"
+        )
     data = DataConfig(**config.data.to_dict())
     task = LanguageModelling(data, model.vocab_size, model.loss_chunk_tokens)
     projected = config.projected_gradients
@@ -161,12 +182,30 @@ def model_config(config: Config) -> LlamaConfig:
     Raises:
       UserError: sizes that do not fit together, or an unknown dtype.
     """
+    model = config.model.to_dict()
+    scaling = model.pop("rope_scaling", None)  # which configs of older runs lack
     return LlamaConfig(
-        **config.model.to_dict(),
+        **model,
+        rope_scaling=scaling and RopeScaling(*scaling),
         dtype=config.dtype,
         param_dtype=config.param_dtype,
         remat=config.remat,
     )
+
+
+def _with_sizes_of(folder: Path, config: Config) -> Config:
+    """Returns a config with the model's sizes, and perhaps the tokenizer, of a folder."""
+    config = config.copy_and_resolve_references()
+    sizes = dataclasses.asdict(read_config(folder))
+    if sizes["rope_scaling"] is not None:
+        sizes["rope_scaling"] = tuple(sizes["rope_scaling"].values())
+    # How the model computes, and how new weights would be drawn, is not the folder's to say.
+    own = {"attention_implementation", "loss_chunk_tokens", "init_std"}
+    for key in set(config.model.keys()) - own:
+        config.model[key] = sizes[key]
+    if config.data.tokenizer is None:
+        config.data.tokenizer = str(folder)
+    return config
 
 
 def summary(experiment: Experiment) -> str:
@@ -183,9 +222,10 @@ def summary(experiment: Experiment) -> str:
     device = jax.local_devices()[0].device_kind
     layout = "packed" if data.packing else "a document a row"
     params = llama.count_params(experiment.abstract_state().params)
+    begin = f", from {config.init_from}" if config.init_from is not None else ""
     return (
         f"model   {params / 1e6:,.2f}M parameters: hidden {model.hidden_size}, "
-        f"{model.num_layers} layers, vocabulary {model.vocab_size}, {config.param_dtype}\n"
+        f"{model.num_layers} layers, vocabulary {model.vocab_size}, {config.param_dtype}{begin}\n"
         f"method  {method}\n"
         f"data    {data.name}: {config.batch_size} x {data.seq_len} tokens an update, {layout}\n"
         f"run     {config.train_steps} updates, peak learning rate {schedule.peak_lr:g}, "

@@ -38,6 +38,7 @@ def train(config: Config, workdir: Path) -> None:
       UserError: anything the user can put right; what the workdir held before is untouched.
     """
     experiment = make_experiment(config)
+    config = experiment.config  # with the sizes of config.init_from
     with StopRequest() as stop:
         data = experiment.task.open_data()
         print(summary(experiment), flush=True)
@@ -63,7 +64,7 @@ def train(config: Config, workdir: Path) -> None:
                 run = _Run(experiment, data, batches, saved, stop)
                 run.compile()
                 if restored is None:
-                    state, resume_step = jax.jit(experiment.init)(jax.random.key(config.seed)), None
+                    state, resume_step = experiment.first_state(), None
                 else:
                     state, resume_step = run.resume(restored), restored.step
                 if not stop.requested:

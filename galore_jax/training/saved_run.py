@@ -64,8 +64,11 @@ def open_run(
         restored = saved.restore_part("params", step)
     if restored is None:
         raise UserError(f"{workdir} has no checkpoint yet")
+    model = model_config(config)
     model = dataclasses.replace(
-        model_config(config), attention_implementation=None, max_positions=config.data.seq_len
+        model,
+        attention_implementation=None,
+        max_positions=model.max_positions or config.data.seq_len,
     )
     check_params(model, restored.state, f"the params of step {restored.step} in {workdir}")
     opened = _open_tokenizer(workdir, config) if tokenizer else None
