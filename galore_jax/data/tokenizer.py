@@ -3,6 +3,7 @@
 import abc
 import json
 import os
+import re
 import shutil
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -21,6 +22,7 @@ _CONFIG = "tokenizer_config.json"
 # Files that say more about a tokenizer, and go with it.
 _BESIDE = (_CONFIG, "special_tokens_map.json", "chat_template.jinja")
 
+_BYTE_PIECE = re.compile("<0x[0-9A-Fa-f]{2}>")
 _CONTEXT = 8  # ids before a piece of text with which it is decoded
 _HALF = "\ufffd"  # what decoders give for bytes that are no whole character
 
@@ -55,6 +57,10 @@ class Tokenizer(abc.ABC):
     def decode(self, ids: Ids) -> str:
         """Returns the text of ids, without special tokens and ids that the tokenizer lacks."""
         return self._decode([int(i) for i in ids if 0 <= i < self.vocab_size])
+
+    @abc.abstractmethod
+    def token_bytes(self, token: int) -> int:
+        """Returns how many bytes of UTF-8 an id stands for; none for special tokens."""
 
     @abc.abstractmethod
     def copy(self, folder: Path) -> None:
@@ -125,6 +131,13 @@ class SentencePieceTokenizer(Tokenizer):
         self.bos_id = bos_id if bos_id >= 0 else None
         self._begin = [bos_id] if wants_bos and bos_id >= 0 else []
 
+    def token_bytes(self, token: int) -> int:
+        """Returns the bytes of a piece, whose marks of spaces are spaces."""
+        model = self._processor
+        if model.is_control(token) or model.is_unknown(token) or model.is_unused(token):
+            return 0
+        return 1 if model.is_byte(token) else _piece_bytes(model.id_to_piece(token))
+
     def copy(self, folder: Path) -> None:
         """Copies ``tokenizer.model``, and the files about it."""
         shutil.copyfile(self._path, folder / _MODELS[0])
@@ -176,6 +189,10 @@ class JsonTokenizer(Tokenizer):
         self._tokenizer.no_padding()
         self._tokenizer.no_truncation()
         self.vocab_size = max(self._tokenizer.get_vocab().values()) + 1
+        added = self._tokenizer.get_added_tokens_decoder()
+        self._special_ids = {i for i, token in added.items() if token.special}
+        decoder = json.loads(self._tokenizer.to_str())["decoder"]
+        self._has_byte_characters = "ByteLevel" in json.dumps(decoder)
         eos_id, self.bos_id = self._special("eos"), self._special("bos")
         if eos_id is None:
             raise UserError(
@@ -184,6 +201,15 @@ class JsonTokenizer(Tokenizer):
             )
         self.eos_id = eos_id
         self.pad_id = self._special("pad") or 0
+
+    def token_bytes(self, token: int) -> int:
+        """Returns the bytes of a token: one for each character where these stand for bytes."""
+        text = self._tokenizer.id_to_token(token)
+        if text is None or token in self._special_ids:
+            return 0
+        if self._has_byte_characters:
+            return len(text)
+        return 1 if _BYTE_PIECE.fullmatch(text) else _piece_bytes(text)
 
     def copy(self, folder: Path) -> None:
         """Copies ``tokenizer.json``, and the files about it."""
@@ -216,6 +242,10 @@ class JsonTokenizer(Tokenizer):
 
     def _decode(self, ids: list[int]) -> str:
         return self._tokenizer.decode(ids)
+
+
+def _piece_bytes(piece: str) -> int:
+    return len(piece.replace("\N{LOWER ONE EIGHTH BLOCK}", " ").encode())
 
 
 def _read_json(path: Path) -> dict[str, Any]:

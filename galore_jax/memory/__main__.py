@@ -40,12 +40,12 @@ def main(argv: list[str]) -> int:
 def _run(argv: list[str]) -> int:
     from galore_jax.memory import compare, fit, plot, report
     from galore_jax.models.llama import count_params
-    from galore_jax.training.cli import parse
+    from galore_jax.training.cli import find_configs, parse
     from galore_jax.training.experiment import make_experiment
 
     own, rest = _own_flags(argv)
     usage = (__doc__ or "").replace("TARGETS", ", ".join(targets.target_names()))
-    arguments = parse([argv[0], *rest], usage=usage, configs=_configs())
+    arguments = parse([argv[0], *rest], usage=usage, configs=find_configs())
     if arguments is None:
         return 0
     config = arguments.config
@@ -92,14 +92,6 @@ def _own_flags(argv: list[str]) -> tuple[argparse.Namespace, list[str]]:
         return parser.parse_known_args(argv[1:])
     except argparse.ArgumentError as error:
         raise UserError(str(error)) from error
-
-
-def _configs() -> Path:
-    for folder in (Path.cwd() / "configs", Path(__file__).resolve().parents[2] / "configs"):
-        if (folder / "base.py").is_file():
-            sys.path.insert(0, str(folder.parent))
-            return folder
-    raise UserError("there is no folder configs here: run this in a clone of the repository")
 
 
 def _say(text: str) -> None:

@@ -6,11 +6,22 @@ import difflib
 import re
 import runpy
 import sys
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 from galore_jax.errors import UserError
 from galore_jax.training.config import flat_items
+
+# What a model from elsewhere brings along.
+_SIZES = {
+    f"model.{key}"
+    for key in (
+        *("vocab_size", "hidden_size", "intermediate_size", "num_layers", "num_heads"),
+        *("num_kv_heads", "head_dim", "rms_norm_eps", "rope_theta", "rope_scaling"),
+        *("max_positions", "tie_embeddings"),
+    )
+}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -26,13 +37,16 @@ class Arguments:
     workdir: Path
 
 
-def parse(argv: list[str], *, usage: str, configs: Path) -> Arguments | None:
+def parse(
+    argv: list[str], *, usage: str, configs: Path, saved: Mapping[str, Any] | None = None
+) -> Arguments | None:
     """Parses a command line.
 
     Args:
       argv: as ``sys.argv``.
       usage: the first part of the help.
       configs: the folder of configs, whose ``sample.py`` is the default.
+      saved: the config of a run, from its ``config.json``, to take in place of ``--config``.
 
     Returns:
       The arguments, or None after printing the help that was asked for.
@@ -40,7 +54,8 @@ def parse(argv: list[str], *, usage: str, configs: Path) -> Arguments | None:
     Raises:
       UserError: unknown flags, config files, keys or values of the wrong type.
     """
-    file, workdir, overrides = str(configs / "sample.py"), "", {}
+    file = default_file = str(configs / "sample.py")
+    workdir, overrides = "", {}
     rest = iter(argv[1:])
     for argument in rest:
         name, given, value = argument.removeprefix("-").removeprefix("-").partition("=")
@@ -59,7 +74,18 @@ def parse(argv: list[str], *, usage: str, configs: Path) -> Arguments | None:
             workdir = value
         else:
             overrides[name.removeprefix("config.")] = value
-    config = _load(file, configs)
+    if saved is not None:
+        if file != default_file:
+            raise UserError(f"--config={file} cannot be given for a run, which has its own config")
+        config = _from_saved(saved, configs)
+    else:
+        config = _load(file, configs)
+    replaced = [key for key in overrides if key in _SIZES]
+    if replaced and overrides.get("init_from", "None") != "None":
+        raise UserError(
+            f"--config.{replaced[0]} cannot be given with --config.init_from, whose model has its "
+            "own sizes"
+        )
     for key, value in overrides.items():
         _override(config, key, value, configs)
     stem, _, arg = file.partition(":")
@@ -127,6 +153,29 @@ def _load(file: str, configs: Path) -> Any:
         raise UserError(f"--config={file} is not a config that loads: {reason}") from error
     finally:
         sys.path.remove(str(configs.parent))
+
+
+def _from_saved(saved: Mapping[str, Any], configs: Path) -> Any:
+    """Makes the config of a run's ``config.json``, with the types of ``base.py``."""
+    config = _load(str(configs / "base.py"), configs)
+    known, found = dict(flat_items(config)), dict(flat_items(saved))
+    values = {key: found[key] for key in known if key in found}  # older runs lack some
+    for key, value in values.items():
+        values[key] = tuple(value) if isinstance(value, list) else value
+    config.update_from_flattened_dict(values)
+    return config
+
+
+def find_configs() -> Path:
+    """Finds the folder of configs: in the current folder, or beside the package in a clone.
+
+    Raises:
+      UserError: there is none.
+    """
+    for folder in (Path.cwd() / "configs", Path(__file__).resolve().parents[2] / "configs"):
+        if (folder / "base.py").is_file():
+            return folder
+    raise UserError("there is no folder configs here: run this in a clone of the repository")
 
 
 def _override(config: Any, key: str, text: str, configs: Path) -> None:

@@ -148,8 +148,7 @@ def make_experiment(config: Config) -> Experiment:
             f"config.data.seq_len={config.data.seq_len} must be at most {model.max_positions}, the "
             "positions of the model"
         )
-    data = DataConfig(**config.data.to_dict())
-    task = LanguageModelling(data, model.vocab_size, model.loss_chunk_tokens)
+    task = make_task(config, model)
     projected = config.projected_gradients
     if projected is None:  # where it can be
         projected = config.method == "galore" and config.optimizer.clip_norm is None
@@ -191,6 +190,12 @@ def model_config(config: Config) -> LlamaConfig:
         param_dtype=config.param_dtype,
         remat=config.remat,
     )
+
+
+def make_task(config: Config, model: LlamaConfig) -> Task:
+    """Makes the task that a config describes, for a model."""
+    data = DataConfig(**config.data.to_dict())
+    return LanguageModelling(data, model.vocab_size, model.loss_chunk_tokens)
 
 
 def _with_sizes_of(folder: Path, config: Config) -> Config:

@@ -14,6 +14,7 @@ from galore_jax.memory import compiled_plan, memory_table
 from galore_jax.memory.fit import check_fit, compile_steps
 from galore_jax.training.checkpoints import Checkpoints, Restored
 from galore_jax.training.config import Config
+from galore_jax.training.evaluation import evaluate
 from galore_jax.training.experiment import Experiment, make_experiment, step_name, summary
 from galore_jax.training.metrics import MetricsLog, write_run_record
 from galore_jax.training.progress import Progress, format_count, format_duration
@@ -203,26 +204,27 @@ class _Run:
     def _evaluate(self, state: TrainState, metrics: MetricsLog, progress: Progress) -> None:
         """Writes the mean loss over held-out targets, which count alike whatever their batch."""
         self.owes_evaluation = True
-        total, counted = [], 0
-        with self.data.eval_batches(batch_size=self.config.micro_batch_size) as batches:
-            for batch in batches:
-                if self.stop.requested and self.step < self.config.train_steps:
-                    return
-                total.append(self.eval_step(state.params, batch))
-                counted += int(self.experiment.task.count(batch))
-                if counted >= self.config.eval_tokens:
-                    break
-        if not counted:
-            raise UserError(f"the held-out part of {self.data.source} has nothing to predict")
-        self.eval_loss = math.fsum(jax.device_get(total)) / counted
+        is_last = self.step >= self.config.train_steps
+        found = evaluate(
+            self.eval_step,
+            state.params,
+            self.experiment.task,
+            self.data,
+            batch_size=self.config.micro_batch_size,
+            most_targets=self.config.eval_tokens,
+            stop=lambda: self.stop.requested and not is_last,
+        )
+        if found is None:
+            return
+        self.eval_loss = found.loss
         if not math.isfinite(self.eval_loss):
             self._diverged(f"eval loss {self.eval_loss}")
-        evaluation = self.experiment.task.evaluation(self.eval_loss, counted)
+        evaluation = self.experiment.task.evaluation(found.loss, found.targets)
         metrics.write({"step": self.step, **evaluation})
         progress.message(
             f"step {self.step}: eval loss {self.eval_loss:.4f}, "
-            f"perplexity {perplexity(self.eval_loss):.2f} "
-            f"over {format_count(counted)} held-out tokens"
+            f"perplexity {found.perplexity:.2f} "
+            f"over {format_count(found.targets)} held-out tokens"
         )
         self.owes_evaluation = False
 

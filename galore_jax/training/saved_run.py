@@ -59,7 +59,7 @@ def open_run(
       UserError: it is no run, has no such checkpoint or a damaged one, or its tokenizer is gone.
     """
     workdir = Path(workdir).expanduser()
-    config = _read_config(workdir)
+    config = read_run_config(workdir)
     with Checkpoints(workdir / "checkpoints", read_only=True) as saved:
         restored = saved.restore_part("params", step)
     if restored is None:
@@ -124,7 +124,12 @@ def open_model(
     return OpenedModel(model, params, opened)
 
 
-def _read_config(workdir: Path) -> Config:
+def read_run_config(workdir: Path) -> Config:
+    """Reads the config of a run, as its ``config.json`` has it.
+
+    Raises:
+      UserError: the folder is no run, or the file is damaged.
+    """
     path = workdir / "config.json"
     if not is_run(workdir) or not path.is_file():
         raise UserError(f"{workdir} is no run: a run's folder has config.json and checkpoints/")
