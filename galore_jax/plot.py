@@ -110,13 +110,14 @@ def plot(runs: list[Curves], path: Path) -> None:
     """
     check_path(path, flag="--out")
     from matplotlib.figure import Figure
-    from matplotlib.ticker import EngFormatter
+    from matplotlib.ticker import EngFormatter, MaxNLocator
 
     figure = Figure(figsize=(10.4, 5.2), layout="constrained")
     grid = figure.add_gridspec(2, 2, width_ratios=(2.1, 1))
     loss = figure.add_subplot(grid[:, 0])
     rate = figure.add_subplot(grid[0, 1], sharex=loss)
     speed = figure.add_subplot(grid[1, 1], sharex=loss)
+    low, high = _loss_limits(runs)
     for i, run in enumerate(runs):
         colour = _COLOURS[i % len(_COLOURS)]
         style: Any = {"color": colour, "linestyle": "-" if i < len(_COLOURS) else "--"}
@@ -124,10 +125,12 @@ def plot(runs: list[Curves], path: Path) -> None:
         loss.plot(run.tokens, run.loss, linewidth=0.6, alpha=0.35, **style)
         loss.plot(run.tokens, mean, linewidth=1.6, label=_label(run), **style)
         marks = {"marker": "o", "markersize": 5, "markeredgecolor": "white", "linestyle": ""}
-        loss.plot(run.eval_tokens, run.eval_loss, color=colour, zorder=3, clip_on=False, **marks)
+        # Whole where they touch the frame, but none outside of it.
+        points = np.where(run.eval_loss <= high, run.eval_loss, math.nan)
+        loss.plot(run.eval_tokens, points, color=colour, zorder=3, clip_on=False, **marks)
         rate.plot(run.tokens, run.learning_rate, linewidth=1.4, **style)
         speed.plot(run.tokens, run.speed, linewidth=1.2, **style)
-    loss.set_ylim(*_loss_limits(runs))
+    loss.set_ylim(low, high)
     # Perplexities are as readers of papers know them.
     perplexity = loss.secondary_yaxis("right", functions=(np.exp, _log))
     perplexity.set_ylabel("perplexity", color=_GREY)
@@ -140,6 +143,7 @@ def plot(runs: list[Curves], path: Path) -> None:
     ):
         axes.set_title(title, loc="left", fontsize=11, color=_INK)
         axes.xaxis.set_major_formatter(EngFormatter(sep=""))
+        axes.xaxis.set_major_locator(MaxNLocator(7 if axes is loss else 4))
         axes.set_xlim(0, max(run.tokens[-1] for run in runs))
         axes.grid(True, color="#e8e8e8")
         axes.set_axisbelow(True)
