@@ -33,7 +33,7 @@ class RopeScaling:
     def __post_init__(self):
         for field in dataclasses.fields(self):
             value = getattr(self, field.name)
-            if isinstance(value, bool) or not isinstance(value, int | float) or not value > 0:
+            if not _is_positive(value):
                 raise UserError(f"rope scaling's {field.name} is {value!r}; it must be positive")
         if self.factor < 1:
             raise UserError(f"rope scaling's factor is {self.factor!r}; it must be at least 1")
@@ -121,8 +121,10 @@ class LlamaConfig:
             if isinstance(size, bool) or not isinstance(size, int) or size < 1:
                 raise UserError(f"{name} is {size!r}; it must be a positive integer")
         for name in ("rms_norm_eps", "rope_theta", "init_std"):
-            if not getattr(self, name) > 0:
+            if not _is_positive(getattr(self, name)):
                 raise UserError(f"{name} is {getattr(self, name)!r}; it must be positive")
+        if not isinstance(self.tie_embeddings, bool):
+            raise UserError(f"tie_embeddings is {self.tie_embeddings!r}; it must be True or False")
         for token in (*self.eos_ids, *([] if self.bos_id is None else [self.bos_id])):
             if isinstance(token, bool) or not isinstance(token, int):
                 raise UserError(f"the special token {token!r} is no id; ids are integers")
@@ -160,6 +162,10 @@ class LlamaConfig:
     def head_size(self) -> int:
         """The width of one head: ``head_dim``, or else ``hidden_size / num_heads``."""
         return self.hidden_size // self.num_heads if self.head_dim is None else self.head_dim
+
+
+def _is_positive(value: Any) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool) and value > 0
 
 
 def _floating_dtype(name: str, dtype: Any) -> jnp.dtype:

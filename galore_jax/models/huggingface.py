@@ -73,6 +73,8 @@ def load(
     """
     folder = Path(folder).expanduser()
     config = read_config(folder)
+    if dtype is not None:
+        config = dataclasses.replace(config, dtype=dtype, param_dtype=dtype)
     files = TensorFiles(folder)
     leaves = _leaves(config)
     _check_tensors(folder, config, files, leaves)
