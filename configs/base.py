@@ -6,18 +6,21 @@ The other files of this folder start from here and are what ``--config`` takes.
 from ml_collections import ConfigDict, config_dict
 
 from galore_jax.errors import UserError
+from galore_jax.training.config import METHODS
 
 
 def get_config(arg: str = "") -> ConfigDict:
     """The defaults, with what follows the colon in ``--config=FILE:method=full,optimizer=adamw``.
 
     Raises:
-      UserError: an argument that is not ``method=galore``, ``method=full`` or ``optimizer=NAME``.
+      UserError: an argument that is not ``method=NAME`` or ``optimizer=NAME``.
     """
     config = ConfigDict()
 
-    # "galore", or "full": the optimizer on the full gradients. Choose after the colon of --config,
-    # as in --config=configs/llama.py:60m,method=full, so that the learning rate goes with it.
+    # "galore"; "full": the optimizer on the full gradients; "lora" and "relora": low-rank parts of
+    # frozen matrices; "low_rank": matrices that are products of two factors. Choose after the colon
+    # of --config, as in --config=configs/llama.py:60m,method=full, so that the learning rate goes
+    # with it.
     config.method = "galore"
     # Go on from a LLaMA in Hugging Face's format: a folder, whose sizes take the place of those of
     # config.model, and whose tokenizer that of config.data.tokenizer where that is None.
@@ -84,8 +87,9 @@ def get_config(arg: str = "") -> ConfigDict:
     config.optimizer.eps = config_dict.placeholder(float)  # None: the alias's own default
     config.optimizer.weight_decay = 0.0  # decoupled, of every weight; times the learning rate
     config.optimizer.clip_norm = config_dict.placeholder(float)  # of the whole gradient; None: no
-    # Method "full": factor on the updates of the matrices that GaLore would project. GaLore's scale
-    # is in effect a second learning rate, and a fair baseline has the same knob.
+    # Not for "galore": factor on the updates of the matrices that it would project, or of their
+    # low-rank factors. GaLore's scale is in effect a second learning rate, and a fair baseline has
+    # the same knob.
     config.optimizer.matrix_lr_scale = 1.0
 
     config.galore = ConfigDict()
@@ -106,15 +110,26 @@ def get_config(arg: str = "") -> ConfigDict:
     config.galore.projector_bits = config_dict.placeholder(int)  # 8 or 4 for integers; None: dtype
     config.galore.target_modules = ("attn", "mlp")  # regular expressions on the weights' paths
 
+    config.lora = ConfigDict()  # of the methods lora, relora and low_rank
+    config.lora.rank = 128
+    config.lora.alpha = 32.0  # the low-rank part is multiplied by alpha / rank; not in low_rank
+    config.lora.dropout = 0.05  # of the inputs of the low-rank part, in training; not in low_rank
+    config.lora.target_modules = ("attn", "mlp")  # regular expressions on the weights' paths
+
+    config.relora = ConfigDict()
+    config.relora.merge_every_steps = 5_000  # updates between two merges
+    config.relora.restart_warmup_steps = 100  # updates in which the rate rises again after one
+    config.relora.prune_ratio = 0.999  # part of the factors' moments that a merge sets to zero
+
     for item in filter(None, arg.split(",")):
         key, _, value = item.partition("=")
-        if key == "method" and value in ("galore", "full"):
+        if key == "method" and value in METHODS:
             config.method = value
         elif key == "optimizer" and value:
             config.optimizer.name = value
         else:
             raise UserError(
                 f"config argument {item!r} is unknown; after the colon of --config go "
-                "method=galore, method=full and optimizer=NAME, separated by commas"
+                f"method={'|'.join(METHODS)} and optimizer=NAME, separated by commas"
             )
     return config

@@ -68,9 +68,9 @@ def get_config(arg: str = "") -> ConfigDict:
     steps, micro_batch, rank, gap, galore_lr, full_lr = ROWS[row]
     config.train_steps = steps
     config.micro_batch_size = micro_batch
-    config.galore.rank = rank
+    config.galore.rank = config.lora.rank = rank
     config.galore.update_proj_gap = gap
-    config.schedule.peak_lr = galore_lr if config.method == "galore" else full_lr
+    config.schedule.peak_lr = full_lr if config.method == "full" else galore_lr
     config.remat = row in ("1b", "7b", "7b_24gb")
     if row == "7b":
         config.optimizer.clip_norm = 1.0

@@ -35,7 +35,9 @@ def get_config(arg: str = "") -> ConfigDict:
     config.data.packing = True
 
     config.schedule.peak_lr = 0.02
-    config.galore.rank = 64
+    config.galore.rank = config.lora.rank = 64
+    config.relora.merge_every_steps = 200
+    config.relora.restart_warmup_steps = 20
     config.galore.update_proj_gap = 10
     config.galore.scale = 0.0625
     config.optimizer.matrix_lr_scale = 0.03125

@@ -2,17 +2,12 @@
 
 from collections.abc import Callable
 
-import jax
-
-from galore_jax.memory.count import STATE_ROWS, Row, count_state, tree_bytes
+from galore_jax.memory.count import STATE_ROWS, count_state
 from galore_jax.memory.report import ACTIVATIONS, Report, make_report, unit_for, versions
 from galore_jax.memory.targets import Target
-from galore_jax.projection import effective_rank
 from galore_jax.training.config import Config
 from galore_jax.training.experiment import Experiment, make_experiment
-from galore_jax.weights import projection_mask
 
-LORA = "LoRA (formula)"
 LAYERWISE = "8-bit GaLore, layerwise"
 _FULL = {"method": "full", "updates": "standard", "projected_gradients": None}
 _GALORE = {"method": "galore", "updates": "standard", "optimizer.name": "adamw8bit"}
@@ -20,6 +15,7 @@ METHODS = {
     "AdamW": {**_FULL, "optimizer.name": "adamw"},
     "Adafactor": {**_FULL, "optimizer.name": "adafactor"},
     "8-bit Adam": {**_FULL, "optimizer.name": "adamw8bit"},
+    "LoRA": {**_FULL, "method": "lora", "optimizer.name": "adamw"},
     "8-bit GaLore, full gradients": {**_GALORE, "projected_gradients": False},
     "8-bit GaLore, projected": {**_GALORE, "projected_gradients": True},
     LAYERWISE: {**_GALORE, "projected_gradients": None, "updates": "layerwise"},
@@ -47,8 +43,6 @@ def compare(
         say(f"compiling {method} for {target.label}")
         experiment = _changed(config, changes)
         reports[method] = make_report(experiment, target, method)
-        if method == "8-bit Adam":
-            reports[LORA] = _lora_report(experiment, reports["AdamW"])
     adamw, layerwise = reports["AdamW"], reports[LAYERWISE]
     in_weights_dtype = _changed(config, {**_GALORE, "optimizer.name": "adamw"}).abstract_state()
     savings = {
@@ -64,31 +58,8 @@ def _changed(config: Config, changes: dict[str, object]) -> Experiment:
     # Not every alias takes the settings of another.
     cleared = dict.fromkeys(f"optimizer.{key}" for key in ("clip_norm", "b1", "b2", "eps"))
     changed.update_from_flattened_dict({**changes, **cleared})
+    changed.lora.rank = changed.galore.rank
     return make_experiment(changed)
-
-
-def _lora_report(experiment: Experiment, adamw: Report) -> Report:
-    """LoRA as the paper's Table 1 counts it: factors of mr + nr beside frozen weights.
-
-    The other weights are trained as with AdamW, whose activations it is given too.
-    """
-    params, settings = experiment.abstract_state().params, experiment.config.galore
-    mask = projection_mask(params, tuple(settings.target_modules))
-    factors = frozen = 0
-    for leaf, selected in zip(jax.tree.leaves(params), jax.tree.leaves(mask), strict=True):
-        if selected:
-            (m, n), rank = leaf.shape[-2:], effective_rank(leaf.shape, settings.rank)
-            factors += tree_bytes(leaf) * (m + n) * rank // (m * n)
-            frozen += tree_bytes(leaf)
-    weights = tree_bytes(params)
-    trained = weights - frozen + factors
-    sizes = {
-        "weights": weights + factors,
-        **dict.fromkeys(("gradients", "first moments", "second moments"), trained),
-        ACTIVATIONS: adamw.bytes_of(ACTIVATIONS),
-    }
-    rows = tuple(Row(name, size, "formula") for name, size in sizes.items())
-    return Report(LORA, adamw.target, rows, {}, sum(sizes.values()))
 
 
 def table(reports: list[Report], savings: dict[str, float]) -> str:
@@ -101,7 +72,6 @@ def table(reports: list[Report], savings: dict[str, float]) -> str:
         sizes = [*(report.bytes_of(*rows) for rows in columns), report.peak]
         cells = "".join(f"{size / unit_bytes:>13,.2f}" for size in sizes)
         fits = {True: "fits", False: "does not fit", None: ""}[report.fits]
-        fits = "formula" if report.method == LORA else fits
         lines.append(f"{report.method:<30}{cells}  {fits}".rstrip())
     lines += ["", f"{'less than AdamW':<30}{'here':>13}{'paper':>13}"]
     for key, (name, paper) in _PAPER.items():
@@ -109,7 +79,7 @@ def table(reports: list[Report], savings: dict[str, float]) -> str:
     lines += [
         "",
         "weights, gradients and state are counted; activations (and workspace) and peak are the",
-        f"compiler's, LoRA is a formula. Compiled for {reports[0].target.label}, not run on it;",
+        f"compiler's. Compiled for {reports[0].target.label}, not run on it;",
         versions(),
     ]
     return "\n".join(lines)

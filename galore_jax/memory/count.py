@@ -94,7 +94,7 @@ class Row:
     Attributes:
       name: what the bytes hold.
       bytes: how many.
-      source: ``"counted"`` from shapes, exact; ``"compiled"``, the compiler's plan; ``"formula"``.
+      source: ``"counted"`` from shapes, exact; ``"compiled"``, the compiler's plan.
     """
 
     name: str

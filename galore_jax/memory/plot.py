@@ -4,7 +4,6 @@ import importlib.util
 from pathlib import Path
 
 from galore_jax.errors import UserError
-from galore_jax.memory.compare import LORA
 from galore_jax.memory.count import STATE_ROWS
 from galore_jax.memory.report import ACTIVATIONS, AT_A_REFRESH, Report, unit_for, versions
 
@@ -56,8 +55,8 @@ def plot(reports: list[Report], path: Path, title: str) -> None:
                 axes.text(left + width / 2, y, name, ha="center", va="center", color=text_colour)
                 del unnamed[name]
             left += width
-        # Without a plan the bar is a formula, or the least that the compiler would have needed.
-        sign = "" if report.plans or report.method == LORA else "≥ "
+        # Without a plan the bar is the least that the compiler would have needed.
+        sign = "" if report.plans else "≥ "
         size = f"{sign}{report.peak / unit_bytes:,.1f}"
         axes.text(left + 0.008 * widest, y, size, va="center", color=_INK, weight=weight)
     if target.memory is not None:

@@ -16,6 +16,7 @@ from galore_jax.weights import path_filter
 
 Config = Any  # an ml_collections.ConfigDict with the keys of configs/base.py
 
+METHODS = ("galore", "full", "lora", "relora", "low_rank")
 _AT_LEAST_ONE = (
     "train_steps",
     "batch_size",
@@ -26,6 +27,8 @@ _AT_LEAST_ONE = (
     "galore.rank",
     "galore.update_proj_gap",
     "galore.power_iterations",
+    "lora.rank",
+    "relora.merge_every_steps",
 )
 _AT_LEAST_ZERO = (
     "eval_every_steps",
@@ -33,6 +36,7 @@ _AT_LEAST_ZERO = (
     "schedule.warmup_steps",
     "optimizer.eps",
     "optimizer.weight_decay",
+    "relora.restart_warmup_steps",
     "seed",
 )
 _POSITIVE = (
@@ -40,12 +44,13 @@ _POSITIVE = (
     "optimizer.clip_norm",
     "optimizer.matrix_lr_scale",
     "galore.scale",
+    "lora.alpha",
 )
 _DTYPES = ("bfloat16", "float16", "float32")
 _CHOICES = {
     "dtype": _DTYPES,
     "param_dtype": _DTYPES,
-    "method": ("galore", "full"),
+    "method": METHODS,
     "data.name": ("c4", "sample"),
     "galore.proj_type": PROJ_TYPES,
     "galore.projector": PROJECTOR_METHODS,
@@ -87,6 +92,13 @@ def check_config(config: Config) -> None:
         require(key, " or ".join(map(str, choices)) + hint, choices.__contains__)
     multiple = f"a multiple of config.micro_batch_size={config.micro_batch_size}"
     require("batch_size", multiple, lambda x: x % config.micro_batch_size == 0)
+    require("lora.dropout", "at least 0 and less than 1", lambda x: 0 <= x < 1)
+    require("relora.prune_ratio", "from 0 to 1", lambda x: 0 <= x <= 1)
+    require(
+        "updates",
+        f"'standard' with config.method={config.method!r}, of which little is trained at once",
+        lambda x: x == "standard" or config.method in ("galore", "full"),
+    )
     require("schedule.final_lr_ratio", "from 0 to 1", lambda x: 0 <= x <= 1)
     require(
         "schedule.warmup_steps",
@@ -100,7 +112,7 @@ def check_config(config: Config) -> None:
     )
     require(
         "projected_gradients",
-        "None or False with config.method='full'",
+        f"None or False with config.method={config.method!r}",
         lambda x: not x or config.method == "galore",
     )
     require(
@@ -114,10 +126,11 @@ def check_config(config: Config) -> None:
         "False, or install the extra: pip install 'galore-jax[tensorboard]'",
         lambda x: not x or importlib.util.find_spec("tensorboardX") is not None,
     )
-    try:
-        path_filter(tuple(config.galore.target_modules))
-    except (TypeError, ValueError) as error:
-        raise UserError(f"config.galore.{error}") from error
+    for section in ("galore", "lora"):
+        try:
+            path_filter(tuple(config[section].target_modules))
+        except (TypeError, ValueError) as error:
+            raise UserError(f"config.{section}.{error}") from error
 
 
 def flat_items(config: Config, prefix: str = "") -> Iterator[tuple[str, Any]]:
@@ -131,6 +144,12 @@ def flat_items(config: Config, prefix: str = "") -> Iterator[tuple[str, Any]]:
             yield from flat_items(value, f"{prefix}{key}.")
         else:
             yield prefix + key, value
+
+
+def target_modules(config: Config) -> tuple[str, ...]:
+    """Returns the patterns of the matrices that the method treats apart."""
+    section = config.galore if config.method in ("galore", "full") else config.lora
+    return tuple(section.target_modules)
 
 
 def warmup_steps(config: Config) -> int:

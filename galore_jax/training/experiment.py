@@ -9,6 +9,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
+from galore_jax.adapters import add_lora, factorize, trainable
 from galore_jax.data.batches import DataConfig
 from galore_jax.errors import UserError
 from galore_jax.memory.count import tree_bytes
@@ -17,7 +18,7 @@ from galore_jax.models.config import LlamaConfig, RopeScaling
 from galore_jax.models.huggingface_config import read_config
 from galore_jax.models.stages import BLOCKS, LAYERS, Stages
 from galore_jax.per_layer import is_leafwise
-from galore_jax.training.config import Config, check_config
+from galore_jax.training.config import Config, check_config, target_modules
 from galore_jax.training.layerwise import make_layerwise_step
 from galore_jax.training.optimizer import make_optimizer, make_schedule, uses_matrices
 from galore_jax.training.step import Mode, Step, TrainState, make_train_step
@@ -56,7 +57,11 @@ class Experiment:
     def init(self, key: jax.Array) -> TrainState:
         """Makes the state before the first update; a pure function for ``jax.jit``."""
         _, params = llama.init_params(self.model, key)
-        return TrainState(jnp.zeros([], jnp.int32), params, self.optimizer.init(params))
+        return self._start(params, key)
+
+    def _start(self, params: Any, key: jax.Array) -> TrainState:
+        params = with_adapters(self.config, params, jax.random.fold_in(key, 1))
+        return TrainState(jnp.zeros([], jnp.int32), params, self.optimizer.init(trainable(params)))
 
     def first_state(self) -> TrainState:
         """Makes that state on the device, with new weights or those of ``config.init_from``.
@@ -64,11 +69,11 @@ class Experiment:
         Raises:
           UserError: a folder that is damaged or does not fit.
         """
+        key = jax.random.key(self.config.seed)
         if self.config.init_from is None:
-            return jax.jit(self.init)(jax.random.key(self.config.seed))
+            return jax.jit(self.init)(key)
         _, params = huggingface.load(self.config.init_from, self.model.param_dtype)
-        start = jax.jit(self.optimizer.init)
-        return TrainState(jnp.zeros([], jnp.int32), params, start(params))
+        return jax.jit(self._start, donate_argnums=0)(params, key)
 
     def abstract_state(self) -> TrainState:
         """Returns the shapes of the state.
@@ -83,7 +88,7 @@ class Experiment:
         try:
             state = jax.eval_shape(self.init, jax.random.key(self.config.seed))
             if uses_matrices(self.config):
-                targets = tuple(self.config.galore.target_modules)
+                targets = target_modules(self.config)
                 projection_mask(state.params, targets, stacked_modules=LAYERS)
             return state
         except (TypeError, ValueError) as error:
@@ -94,7 +99,9 @@ class Experiment:
         return self.task.abstract_batch(sequences)
 
     def refreshes(self, count: int) -> bool:
-        """Tells whether the update after ``count`` updates makes new projectors."""
+        """Tells whether the update after ``count`` updates makes new projectors or merges."""
+        if self.config.method == "relora":
+            return count > 0 and count % self.config.relora.merge_every_steps == 0
         return self.config.method == "galore" and count % self.config.galore.update_proj_gap == 0
 
     def train_steps(self) -> dict[bool, Step]:
@@ -105,6 +112,8 @@ class Experiment:
         kinds = [False]
         if self.config.method == "galore":
             kinds = [True] if self.config.galore.update_proj_gap == 1 else [False, True]
+        if self.config.method == "relora":
+            kinds = [False, True]
         return {refresh: self._train_step(refresh) for refresh in kinds}
 
     def _train_step(self, refresh: bool) -> Step:
@@ -117,7 +126,7 @@ class Experiment:
         """Returns the shapes of all gradients of a step without new projectors."""
         state = self.abstract_state()
         if not self.mode.projected:
-            return state.params
+            return jax.eval_shape(trainable, state.params)
         return jax.eval_shape(self.mode.variables, state.params, state.opt_state)
 
     def gradient_bytes(self) -> int:
@@ -159,6 +168,8 @@ def make_experiment(config: Config) -> Experiment:
         micro_batches=config.batch_size // config.micro_batch_size,
         refresh_from=config.galore.refresh_from,
         rounding=config.param_rounding,
+        dropout_seed=config.seed if _drops(config) else None,
+        prune_ratio=config.relora.prune_ratio if config.method == "relora" else None,
     )
     schedule = make_schedule(config)
     experiment = Experiment(
@@ -190,6 +201,24 @@ def model_config(config: Config) -> LlamaConfig:
         param_dtype=config.param_dtype,
         remat=config.remat,
     )
+
+
+def with_adapters(config: Config, params: Any, key: jax.Array) -> Any:
+    """Puts the method's kernels among the params, if it has any: LoRA's, or low-rank factors.
+
+    Raises:
+      ValueError: patterns that match no matrix.
+    """
+    options = {"rank": config.lora.rank, "target_modules": target_modules(config)}
+    options["stacked_modules"] = LAYERS
+    if config.method in ("lora", "relora"):
+        more = {"alpha": config.lora.alpha, "dropout": config.lora.dropout}
+        return add_lora(params, key, **options, **more)
+    return factorize(params, key, **options) if config.method == "low_rank" else params
+
+
+def _drops(config: Config) -> bool:
+    return config.method in ("lora", "relora") and config.lora.dropout > 0
 
 
 def make_task(config: Config, model: LlamaConfig) -> Task:
@@ -224,6 +253,13 @@ def summary(experiment: Experiment) -> str:
             f"galore of {settings.name}: rank {low_rank.rank}, new projector every "
             f"{low_rank.update_proj_gap} updates, scale {low_rank.scale:g}"
         )
+    elif config.method != "full":
+        lora = config.lora
+        method = f"{config.method} with {settings.name}: rank {lora.rank}"
+        if config.method != "low_rank":
+            method += f", alpha {lora.alpha:g}, dropout {lora.dropout:g}"
+        if config.method == "relora":
+            method += f", merged every {config.relora.merge_every_steps} updates"
     device = jax.local_devices()[0].device_kind
     layout = "packed" if data.packing else "a document a row"
     params = llama.count_params(experiment.abstract_state().params)

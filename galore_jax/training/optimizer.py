@@ -7,6 +7,7 @@ from collections.abc import Callable
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import optax
 import optax.contrib
 
@@ -15,7 +16,7 @@ from galore_jax.errors import UserError
 from galore_jax.galore import galore
 from galore_jax.models.stages import LAYERS
 from galore_jax.per_layer import per_layer
-from galore_jax.training.config import Config, warmup_steps
+from galore_jax.training.config import Config, target_modules, warmup_steps
 from galore_jax.weights import projection_mask
 
 _SETTINGS = ("b1", "b2", "eps", "weight_decay")
@@ -36,17 +37,27 @@ _FIXED = {"adafactor": {"multiply_by_parameter_scale": False}}
 def make_schedule(config: Config) -> optax.Schedule:
     """Makes a linear warm-up from 0 to the peak, then a cosine to ``final_lr_ratio`` of it.
 
-    As in the paper's appendix C.1. Called with the number of updates already made, so that the
-    first update has learning rate 0 if there is any warm-up.
+    As in the paper's appendix C.1. With ReLoRA it also rises from 0 after each merge. Called with
+    the number of updates already made, so that the first update has learning rate 0 if there is any
+    warm-up.
     """
     schedule, warmup = config.schedule, warmup_steps(config)
-    return optax.warmup_cosine_decay_schedule(
+    cosine = optax.warmup_cosine_decay_schedule(
         init_value=0.0 if warmup else schedule.peak_lr,
         peak_value=schedule.peak_lr,
         warmup_steps=warmup,
         decay_steps=config.train_steps,
         end_value=schedule.peak_lr * schedule.final_lr_ratio,
     )
+    if config.method != "relora":
+        return cosine
+    merge_every, restart = config.relora.merge_every_steps, config.relora.restart_warmup_steps
+
+    def restarting(count: Any) -> Any:
+        rising = jnp.minimum((count % merge_every) / max(restart, 1), 1.0)
+        return cosine(count) * jnp.where(count < merge_every, 1.0, rising if restart else 1.0)
+
+    return restarting
 
 
 def make_optimizer(
@@ -57,15 +68,15 @@ def make_optimizer(
     It takes each layer by itself: ``stacked``, the layers of a model's stacked blocks; otherwise
     a model of which there is one layer, without the leading axis.
 
-    With ``method="full"``, ``optimizer.matrix_lr_scale`` multiplies the updates (decay included, as
-    a learning rate of their own would) of the matrices that GaLore would project.
+    But with GaLore, ``optimizer.matrix_lr_scale`` multiplies the updates (decay included, as
+    a learning rate of their own would) of the matrices that GaLore would project, or their factors.
 
     Raises:
       UserError: an alias that is not there or needs more than a learning rate; a setting that it
         does not take.
     """
     settings, options = config.optimizer, config.galore.to_dict()
-    options["target_modules"] = targets = tuple(options["target_modules"])
+    options["target_modules"] = targets = target_modules(config)
     del options["refresh_from"]  # the steps' own
     layers = LAYERS if stacked else None
     # A part of the weights, as layerwise updates have it, may hold no matrix.
@@ -75,7 +86,7 @@ def make_optimizer(
         optimizer = galore(optimizer, stacked_modules=layers, **options)
     elif stacked:
         optimizer = per_layer(optimizer, LAYERS)
-    if config.method == "full" and settings.matrix_lr_scale != 1.0:
+    if config.method != "galore" and settings.matrix_lr_scale != 1.0:
         matrices = optax.masked(
             optax.scale(settings.matrix_lr_scale),
             functools.partial(find_matrices, stacked_modules=layers),
@@ -87,7 +98,7 @@ def make_optimizer(
 
 
 def uses_matrices(config: Config) -> bool:
-    """Tells whether the optimizer treats the matrices of ``galore.target_modules`` apart."""
+    """Tells whether the optimizer treats the matrices of ``target_modules`` apart."""
     settings = config.optimizer
     return config.method == "galore" or settings.matrix_lr_scale != 1.0 or settings.name == "muon"
 

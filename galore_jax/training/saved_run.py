@@ -4,21 +4,24 @@ import dataclasses
 import json
 import os
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
+from flax import traverse_util
 from jax.typing import DTypeLike
 from ml_collections import ConfigDict
 
+from galore_jax.adapters import merge
 from galore_jax.data.sample import prepare_sample
 from galore_jax.data.tokenizer import Tokenizer, open_tokenizer
 from galore_jax.errors import UserError
 from galore_jax.models import huggingface
 from galore_jax.models.config import LlamaConfig
-from galore_jax.models.llama import Params, check_params
+from galore_jax.models.llama import Params, check_params, init_params
 from galore_jax.training.checkpoints import Checkpoints
 from galore_jax.training.config import Config
-from galore_jax.training.experiment import model_config
+from galore_jax.training.experiment import model_config, with_adapters
+from galore_jax.weights import leaf_path
 
 
 @dataclasses.dataclass(frozen=True)
@@ -70,11 +73,25 @@ def open_run(
         attention_implementation=None,
         max_positions=model.max_positions or config.data.seq_len,
     )
-    check_params(model, restored.state, f"the params of step {restored.step} in {workdir}")
+    params = merge(_as_trained(config, model, restored.state))
+    check_params(model, params, f"the params of step {restored.step} in {workdir}")
     opened = _open_tokenizer(workdir, config) if tokenizer else None
     if opened is not None:
         model = dataclasses.replace(model, bos_id=opened.bos_id, eos_ids=(opened.eos_id,))
-    return SavedRun(config, restored.step, model, restored.state, opened)
+    return SavedRun(config, restored.step, model, params, opened)
+
+
+def _as_trained(config: Config, model: LlamaConfig, params: Params) -> Any:
+    """Makes of nested dicts the tree that the run's method trains, with its adapters."""
+    if config.method in ("galore", "full"):
+        return params
+
+    def init(key: jax.Array) -> Any:
+        return with_adapters(config, init_params(model, key)[1], key)
+
+    like = jax.eval_shape(init, jax.random.key(0))
+    arrays = traverse_util.flatten_dict(params, sep="/")
+    return jax.tree_util.tree_map_with_path(lambda path, _: arrays[leaf_path(path)], like)
 
 
 class OpenedModel(NamedTuple):

@@ -8,9 +8,11 @@ import jax
 import jax.numpy as jnp
 import optax
 
+from galore_jax.adapters import is_adapter, restart, trainable, with_trainable
 from galore_jax.models.stages import KERNELS, Stages
 from galore_jax.projected_grad import gradient_variables, project_gradients, with_variables
 from galore_jax.projection import ProjType
+from galore_jax.quantization import Quantized
 from galore_jax.rounding import Rounding, apply_updates
 from galore_jax.training.tasks import Batch, Task
 
@@ -53,6 +55,8 @@ class Mode:
         turn, which keeps the blocks' inputs of the whole batch. Otherwise, with projected gradients
         alone, one goes through all layers after the other: that keeps the float32 sums of all
         projected gradients.
+      dropout_seed: of the dropout of LoRA's inputs; None where there is none.
+      prune_ratio: for ReLoRA, the part of the moments that a merge sets to zero; else None.
     """
 
     updates: Literal["standard", "layerwise"] = "standard"
@@ -62,6 +66,8 @@ class Mode:
     refresh_from: Literal["batch", "micro_batch"] = "batch"
     rounding: Rounding = "nearest"
     side_by_side: bool = True
+    dropout_seed: int | None = None
+    prune_ratio: float | None = None
 
     def __post_init__(self):
         if not self.side_by_side and not self.projected:
@@ -94,7 +100,8 @@ def make_train_step(
       tx: the optimizer.
       schedule: its learning rate, for the metrics.
       mode: how.
-      refresh: for GaLore, whether this step makes new projectors, from full gradients.
+      refresh: for GaLore, whether this step makes new projectors, from full gradients; for ReLoRA,
+        whether it begins with a merge.
 
     Returns:
       A pure function of (state, batch) giving the new state and, all () float32 but ``tokens``:
@@ -106,15 +113,25 @@ def make_train_step(
 
     def train_step(state: TrainState, batch: Batch) -> tuple[TrainState, Metrics]:
         tokens, per_target, parts = split_batch(task, batch, mode.micro_batches)
+        if refresh and mode.prune_ratio is not None:
+            state = restart_state(state, mode.prune_ratio)
+        if mode.dropout_seed is not None:
+            parts["part"] = jnp.arange(mode.micro_batches)
+        trained = trainable(state.params)
 
-        def part_of_mean(params: Any, part: Batch) -> jax.Array:
+        def part_of_mean(trained: Any, part: Batch) -> jax.Array:
+            key = None
+            if mode.dropout_seed is not None:
+                key = jax.random.fold_in(jax.random.key(mode.dropout_seed), state.step)
+                key = jax.random.fold_in(key, part["part"])
+            params = with_trainable(state.params, trained, key)
             return task.loss(model.forward(params, part), part) * per_target
 
         opt_state, norms, update_refreshes = state.opt_state, {}, refresh
         from_batch = mode.refresh_from == "batch" or mode.micro_batches == 1
         if not mode.projected or (refresh and from_batch):
-            loss, grads = sum_over_parts(jax.value_and_grad(part_of_mean), state.params, parts)
-            grads = cast_like(state.params, grads)
+            loss, grads = sum_over_parts(jax.value_and_grad(part_of_mean), trained, parts)
+            grads = cast_like(trained, grads)
             norms["grad_norm"] = gradient_norm(grads)
         else:
             first = ()
@@ -138,7 +155,7 @@ def make_train_step(
             update_refreshes = False
 
         updates, opt_state = tx.update(
-            grads, opt_state, state.params, value=loss, refresh=update_refreshes
+            grads, opt_state, trained, value=loss, refresh=update_refreshes
         )
         if mode.projected and "projected_grad_norm" not in norms:
             norms["projected_grad_norm"] = gradient_norm(mode.project(grads, opt_state))
@@ -148,10 +165,39 @@ def make_train_step(
             "tokens": tokens,
             **norms,
         }
-        params = apply_updates(state.params, updates, state.step, mode.rounding)
+        trained = apply_updates(trained, updates, state.step, mode.rounding)
+        params = with_trainable(state.params, trained)
         return TrainState(state.step + 1, params, opt_state), metrics
 
     return train_step
+
+
+def restart_state(state: TrainState, prune_ratio: float) -> TrainState:
+    """Merges LoRA's parts, draws new ones, and sets most of their moments to zero (ReLoRA).
+
+    Args:
+      state: the state before.
+      prune_ratio: the part of the moments that is set to zero, from 0 to 1, chosen by chance: the
+        same entries of first and second moments.
+    """
+    key = jax.random.fold_in(jax.random.key(0), state.step)
+    params = restart(state.params, key)
+    count = sum(map(is_adapter, jax.tree.leaves(params, is_leaf=is_adapter)))
+    leaves, treedef = jax.tree.flatten(state.opt_state, is_leaf=is_adapter)
+    places = (i for i, leaf in enumerate(leaves) if is_adapter(leaf))
+    for number, place in enumerate(places):  # each moment has a node for each of the params
+        keys = jax.random.split(jax.random.fold_in(key, number % count))
+        parts = (leaves[place].a, leaves[place].b)
+        a, b = (_pruned(x, k, prune_ratio) for x, k in zip(parts, keys, strict=True))
+        leaves[place] = dataclasses.replace(leaves[place], a=a, b=b)
+    return state._replace(params=params, opt_state=treedef.unflatten(leaves))
+
+
+def _pruned(moment: Any, key: jax.Array, ratio: float) -> Any:
+    values = moment.codes if isinstance(moment, Quantized) else moment
+    kept = jax.random.uniform(key, values.shape) >= ratio
+    values = jnp.where(kept, values, jnp.zeros_like(values))
+    return moment._replace(codes=values) if isinstance(moment, Quantized) else values
 
 
 def split_batch(task: Task, batch: Batch, parts: int) -> tuple[jax.Array, jax.Array, Batch]:

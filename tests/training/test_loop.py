@@ -159,6 +159,9 @@ STOCHASTIC = {"param_dtype": "bfloat16", "param_rounding": "stochastic"}
         ("", {"updates": "layerwise", "remat": True, **STOCHASTIC}),
         ("optimizer=adamw8bit", {"updates": "layerwise", "galore__projector_bits": 4}),
         ("method=full,optimizer=adafactor", {"updates": "layerwise"}),
+        ("method=lora,optimizer=adamw8bit", {"lora__rank": 4, "lora__dropout": 0.5}),
+        ("method=relora", {"lora__rank": 4, "relora__merge_every_steps": 9}),
+        ("method=low_rank", {"lora__rank": 4}),
     ],
 )
 def test_every_mode_resumes_bit_for_bit(arg, overrides, tmp_path):
