@@ -252,20 +252,20 @@ def _check_uses(loss_fn: Callable[[Any], Any], nodes: Any) -> None:
         i: (node.kernel, node.projector) for i, node in enumerate(flat) if is_projected_kernel(node)
     }
     arrays, structure = jax.tree.flatten(constants)
-    floating = [i for i, x in enumerate(arrays) if jnp.issubdtype(x.dtype, jnp.floating)]
+    floating = {i: x for i, x in enumerate(arrays) if jnp.issubdtype(x.dtype, jnp.floating)}
     found: set[int] = set()
 
-    def noted(values: list[jax.Array]) -> list[jax.Array]:
-        new = structure.unflatten(replaced(arrays, floating, values))
-        kernels = [ProjectedKernel(*pair, gradient=flat[i].gradient) for i, pair in new.items()]
-        out = loss_fn(treedef.unflatten(replaced(flat, list(new), kernels)))
+    def noted(values: dict[int, jax.Array]) -> list[jax.Array]:
+        pairs = structure.unflatten(replaced(arrays, values))
+        kernels = {i: ProjectedKernel(*pairs[i], gradient=flat[i].gradient) for i in pairs}
+        out = loss_fn(treedef.unflatten(replaced(flat, kernels)))
         return [note_tangent(x, 0, found) for x in jax.tree.leaves(out) if isinstance(x, jax.Array)]
 
-    def with_tangents(values: list[jax.Array]) -> list[jax.Array]:
+    def with_tangents(values: dict[int, jax.Array]) -> list[jax.Array]:
         # linear stops these tangents: one that arrives has come by another way.
-        return jax.jvp(noted, (values,), ([jnp.ones_like(x) for x in values],))[0]
+        return jax.jvp(noted, (values,), (jax.tree.map(jnp.ones_like, values),))[0]
 
-    jax.eval_shape(with_tangents, [arrays[i] for i in floating])
+    jax.eval_shape(with_tangents, floating)
     if found:
         raise ValueError(
             "the loss uses a projected kernel, or its projector, otherwise than by "
