@@ -61,7 +61,7 @@ class Plan:
                 )
             if isinstance(gradient, ProjectedGradient):
                 _check_projected(due, gradient, spec)
-        if due is False and not isinstance(state.count, Tracer) and state.count == 0:
+        if due is False and not isinstance(state.count, Tracer) and int(state.count) == 0:
             arrays = jax.tree.leaves(state.projector)
             if arrays and not any(jnp.any(x != 0) for x in arrays):
                 raise ValueError(
