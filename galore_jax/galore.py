@@ -230,12 +230,10 @@ def _wrap(optimizer: optax.GradientTransformation, options: CheckedOptions) -> G
         low = on_matrices(MatrixSpec.to_low_rank, plan.specs, updates, projectors)
 
         # N = optimizer(R), which sees P^T W
-        see = MatrixSpec.to_low_rank
-        if plan.copies:
-            see = functools.partial(seen_weight, options.scale)
-        low_params = None
-        if params is not None:
-            low_params = on_matrices(see, plan.specs, params, projectors)
+        see = (
+            functools.partial(seen_weight, options.scale) if plan.copies else MatrixSpec.to_low_rank
+        )
+        low_params = None if params is None else on_matrices(see, plan.specs, params, projectors)
         copies = plan.copies.copies if plan.copies else ()
         steps, decay, inner_state = update_and_decay(
             plan.optimizer, low, inner_state, low_params, plan.specs, copies, **extra_args

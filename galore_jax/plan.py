@@ -137,7 +137,7 @@ def _check_projected(due: Any, gradient: ProjectedGradient, spec: MatrixSpec | N
             f"a gradient of shape {gradient.shape} comes projected to {found}, where these "
             f"settings have {wanted or 'no projection'}"
         )
-    if not spec.is_kernel:
+    if spec != MatrixSpec.of_kernel(spec.shape, spec.rank, spec.proj_type):
         raise ValueError(
             f"a gradient of shape {gradient.shape} comes projected along its last two axes, "
             "and weight_dimension_numbers names others: leave it out of kernels=..."

@@ -11,16 +11,15 @@ import optax
 from galore_jax.galore import GaLoreState
 from galore_jax.kernels import ProjectedKernel, is_projected_kernel
 from galore_jax.projection import (
+    MatrixSpec,
     ProjectedGradient,
     ProjType,
-    Side,
     TwoSided,
     dense,
     is_projected_gradient,
     project,
-    projected_shape,
-    projected_side,
 )
+from galore_jax.quantization import is_quantized
 from galore_jax.weight_decay import note_tangent, replaced
 from galore_jax.weights import Patterns, leaf_path, path_filter
 
@@ -125,11 +124,19 @@ def gradient_variables(
     is_kernel = path_filter("" if kernels is None else kernels, "kernels")
 
     def variable(key_path: tuple[Any, ...], leaf: Any, projector: Any) -> Any:
-        path = leaf_path(key_path)
+        path, shape = leaf_path(key_path), jnp.shape(leaf)
         if isinstance(projector, optax.MaskedNode) or not is_kernel(path):
             return leaf
-        side, low_shape = _fit(path, jnp.shape(leaf), projector, proj_type)
-        return ProjectedGradient(jnp.zeros(low_shape, leaf.dtype), jnp.shape(leaf), side)
+        found = jax.tree.map(jnp.shape, projector, is_leaf=is_quantized)
+        rank = (found.left if isinstance(found, TwoSided) else found)[-1]
+        spec = MatrixSpec.of_kernel(shape, rank, proj_type)
+        if found != spec.projector_shape:
+            raise ValueError(
+                f"the projectors {found} of {path} do not fit its shape {shape} and "
+                f"proj_type={proj_type!r}; give the proj_type of the galore that made them, and in "
+                "kernels only leaves whose last two axes are the matrix"
+            )
+        return ProjectedGradient(jnp.zeros(spec.low_shape, leaf.dtype), shape, spec.side)
 
     projectors = galore_state(opt_state).projector
     return jax.tree_util.tree_map_with_path(variable, params, projectors)
@@ -205,23 +212,6 @@ def galore_state(opt_state: optax.OptState) -> GaLoreState:
     if len(found) != 1:
         raise ValueError(f"opt_state must hold one GaLoreState, this one holds {len(found)}")
     return found[0]
-
-
-def _fit(
-    path: str, shape: tuple[int, ...], projector: Any, proj_type: ProjType
-) -> tuple[Side, tuple[int, ...]]:
-    """The side and the shape of R of a kernel, whose projector must fit both."""
-    side = projected_side(shape, proj_type)
-    bases = projector if isinstance(projector, TwoSided) else (projector,)
-    shapes = [tuple(basis.shape) for basis in bases]
-    rows = {"left": shape[-2:-1], "right": shape[-1:], "both": shape[-2:]}[side]
-    if [s[:-1] for s in shapes] != [(*shape[:-2], size) for size in rows]:
-        raise ValueError(
-            f"the projectors {shapes} of {path} do not fit its shape {shape} and "
-            f"proj_type={proj_type!r}; give the proj_type of the galore that made them, and in "
-            "kernels only leaves whose last two axes are the matrix"
-        )
-    return side, projected_shape(shape, shapes[0][-1], side)
 
 
 def _check_route(opt_state: optax.OptState) -> None:

@@ -116,28 +116,6 @@ def effective_rank(shape: tuple[int, ...], rank: int) -> int:
     return min(rank, *shape[-2:])
 
 
-def projected_shape(shape: tuple[int, ...], rank: int, side: Side) -> tuple[int, ...]:
-    """Gives the shape of R: (..., r, n) for left, (..., m, r) for right, (..., r, r) for both.
-
-    >>> projected_shape((8, 512, 1376), 128, "left"), projected_shape((512, 1376), 128, "both")
-    ((8, 128, 1376), (128, 128))
-    """
-    r, (m, n) = effective_rank(shape, rank), shape[-2:]
-    rows, columns = {"left": (r, n), "right": (m, r), "both": (r, r)}[side]
-    return (*shape[:-2], rows, columns)
-
-
-def projector_shape(shape: tuple[int, ...], rank: int, side: Side) -> Any:
-    """Gives a projector's shape: (..., m, r) for left, (..., n, r) for right, the two for both.
-
-    >>> projector_shape((8, 512, 1376), 128, "left"), projector_shape((8, 4), 2, "both")
-    ((8, 512, 128), TwoSided(left=(8, 2), right=(4, 2)))
-    """
-    r = effective_rank(shape, rank)
-    left, right = ((*shape[:-2], rows, r) for rows in shape[-2:])
-    return TwoSided(left, right) if side == "both" else left if side == "left" else right
-
-
 @dataclasses.dataclass(frozen=True)
 class MatrixSpec:
     """How a leaf is a matrix, or a stack of matrices, and how that is projected.
@@ -149,6 +127,13 @@ class MatrixSpec:
       columns: the axes that make the columns n.
       proj_type: how the side follows from the shape, see ``projected_side``.
       rank: the rank r of the projection; a smaller matrix takes ``min(m, n)``.
+
+    >>> spec = MatrixSpec.of_kernel((8, 512, 1376), 128)
+    >>> spec.side, spec.low_shape, spec.projector_shape
+    ('left', (8, 128, 1376), (8, 512, 128))
+    >>> spec = MatrixSpec.of_kernel((512, 1376), 128, "full")
+    >>> spec.low_shape, spec.projector_shape
+    ((128, 128), TwoSided(left=(512, 128), right=(1376, 128)))
     """
 
     shape: tuple[int, ...]
@@ -157,6 +142,14 @@ class MatrixSpec:
     columns: tuple[int, ...]
     proj_type: ProjType
     rank: int
+
+    @classmethod
+    def of_kernel(
+        cls, shape: tuple[int, ...], rank: int, proj_type: ProjType = "std"
+    ) -> "MatrixSpec":
+        """The last two axes are m and n, as ``galore_jax.linear`` multiplies."""
+        *stack, row, column = range(len(shape))
+        return cls(shape, tuple(stack), (row,), (column,), proj_type, rank)
 
     @functools.cached_property
     def matrix_shape(self) -> tuple[int, ...]:
@@ -171,19 +164,18 @@ class MatrixSpec:
 
     @functools.cached_property
     def low_shape(self) -> tuple[int, ...]:
-        """The shape of the low-rank gradient R."""
-        return projected_shape(self.matrix_shape, self.rank, self.side)
+        """The shape of R: (*stack, r, n) for left, (*stack, m, r) for right, (*stack, r, r)."""
+        *stack, m, n = self.matrix_shape
+        r = effective_rank(self.matrix_shape, self.rank)
+        return (*stack, *{"left": (r, n), "right": (m, r), "both": (r, r)}[self.side])
 
     @functools.cached_property
     def projector_shape(self) -> Any:
-        """The shape of the projector, see ``galore_jax.projection.projector_shape``."""
-        return projector_shape(self.matrix_shape, self.rank, self.side)
-
-    @property
-    def is_kernel(self) -> bool:
-        """Whether the last two axes are m and n, as ``galore_jax.linear`` multiplies."""
-        ndim = len(self.shape)
-        return (self.rows, self.columns) == ((ndim - 2,), (ndim - 1,))
+        """The shape of P: (*stack, m, r) for left, (*stack, n, r) for right, a ``TwoSided``."""
+        *stack, m, n = self.matrix_shape
+        r = effective_rank(self.matrix_shape, self.rank)
+        both = TwoSided((*stack, m, r), (*stack, n, r))
+        return {"left": both.left, "right": both.right, "both": both}[self.side]
 
     @property
     def axes(self) -> tuple[int | None, ...]:

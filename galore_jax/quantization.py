@@ -272,34 +272,6 @@ def dequantize(quantized: Quantized) -> jax.Array:
     return out_of_blocks(values, shape)
 
 
-def dequantize_tree(tree: Any) -> Any:
-    """Returns the tree with float32 arrays for the quantised ones and the others as they were.
-
-    >>> import jax.numpy as jnp
-    >>> dequantize_tree([quantize(jnp.ones(2), "int8"), 3])
-    [Array([1., 1.], dtype=float32), 3]
-    """
-    return jax.tree.map(
-        lambda x: dequantize(x) if is_quantized(x) else x, tree, is_leaf=is_quantized
-    )
-
-
-def quantize_like(old: Any, new: Any) -> Any:
-    """Returns a tree of arrays, quantised (to nearest) where the old tree of its structure is.
-
-    >>> import jax.numpy as jnp
-    >>> quantize_like(quantize(jnp.ones(2), "int8"), jnp.ones(2)).codes.tolist()
-    [127, 127]
-    """
-
-    def like(old: Any, new: Any) -> Any:
-        if not is_quantized(old):
-            return new
-        return quantize(new, old.encoding, block_size=old.block_size)
-
-    return jax.tree.map(like, old, new, is_leaf=is_quantized)
-
-
 def _beside(scales: jax.Array, blocks: jax.Array) -> jax.Array:
     """Returns scales in a shape that broadcasts to blocks."""
     return scales.reshape(*blocks.shape[:-3], 1, blocks.shape[-2], 1)

@@ -46,7 +46,7 @@ def update_and_decay(
     >>> import jax.numpy as jnp, optax
     >>> tx = optax.with_extra_args_support(optax.adamw(1.0, weight_decay=0.25))
     >>> params = {"w": jnp.array([[1.0, 2.0]])}
-    >>> specs = {"w": MatrixSpec((1, 2), (), (0,), (1,), "std", 1)}
+    >>> specs = {"w": MatrixSpec.of_kernel((1, 2), 1)}
     >>> update_and_decay(tx, params, tx.init(params), params, specs)[1]
     {'w': Array(-0.25, dtype=float32)}
     """
