@@ -35,7 +35,7 @@ from galore_jax import galore
 from galore_jax.diagnostics import captured_energy, overlap, stable_rank
 from galore_jax.galore import GaLore
 from galore_jax.models.presets import PRESETS
-from galore_jax.projection import empty_projector, projected_side
+from galore_jax.projection import MatrixSpec, projected_side
 from galore_jax.projectors import ProjectorMethod, find_projector
 from galore_jax.training.checkpoints import Checkpoints
 from galore_jax.training.experiment import make_experiment
@@ -176,7 +176,7 @@ def energies_of_sample(before: Any, last: Any) -> tuple[dict[str, list[str]], st
         return np.concatenate(found), projectors
 
     zeros: dict[str, Any] = {
-        name: empty_projector(g.shape, 64, projected_side(g.shape), g.dtype)
+        name: jnp.zeros(MatrixSpec.of_kernel(g.shape, 64).projector_shape, g.dtype)
         for name, g in last.items()
     }
     exact, projectors = shares(METHODS[0], zeros)

@@ -1,6 +1,7 @@
 """GaLore as an Optax gradient transformation around any Optax optimizer."""
 
 import functools
+import warnings
 from collections.abc import Callable
 from typing import Any, Literal, NamedTuple
 
@@ -12,27 +13,20 @@ from jax.sharding import AxisType, NamedSharding
 
 from galore_jax.chaining import bare_galore
 from galore_jax.options import CheckedOptions
-from galore_jax.per_layer import layer_depths, over_stacks
+from galore_jax.plan import Plan, planner
 from galore_jax.projection import (
+    MatrixSpec,
     ProjType,
     dense,
     is_projected_gradient,
-    split_first_moments,
-    warn_without_first_moments,
-)
-from galore_jax.projectors import ProjectorMethod, refresh_leaves
-from galore_jax.sharding import in_auto_mode, zeros_beside
-from galore_jax.weight_copies import find_copies
-from galore_jax.weight_decay import bring_back, update_and_decay
-from galore_jax.weights import (
-    MatrixSpec,
-    Patterns,
-    Rank,
-    check_fit,
-    low_rank_gradient,
-    matrix_specs,
     on_matrices,
 )
+from galore_jax.projectors import ProjectorMethod
+from galore_jax.refresh import first_moments, refresh_projectors
+from galore_jax.sharding import in_auto_mode, zeros_beside
+from galore_jax.weight_copies import seen_weight
+from galore_jax.weight_decay import bring_back, update_and_decay
+from galore_jax.weights import Patterns, Rank, projection_mask
 
 
 class GaLoreState(NamedTuple):
@@ -177,65 +171,44 @@ def galore(
 
 
 def _wrap(optimizer: optax.GradientTransformation, options: CheckedOptions) -> GaLore:
-    optimizer = optax.with_extra_args_support(optimizer)
-    find_specs = functools.partial(
-        matrix_specs,
-        rank=options.rank,
-        proj_type=options.proj_type,
-        target_modules=options.target_modules,
-        weight_dimension_numbers=options.weight_dimension_numbers,
-        stacked_modules=options.stacked_modules,
-    )
-
-    def per_matrix(low: Any, specs: Any) -> optax.GradientTransformationExtraArgs:
-        depth = lambda depth, spec: depth if spec is None else len(spec.stack)  # noqa: E731
-        depths = jax.tree.map(depth, layer_depths(low, options.stacked_modules), specs)
-        return over_stacks(optimizer, depths)
+    plan_of = planner(optax.with_extra_args_support(optimizer), options)
 
     def init(params: optax.Params) -> GaLoreState:
-        specs = find_specs(params)
+        plan = plan_of(params)
+        if not jax.tree.leaves(plan.specs):  # raises where patterns match nothing
+            projection_mask(params, options.target_modules, stacked_modules=options.stacked_modules)
         proxies = on_matrices(
-            lambda spec, x: zeros_beside(x, spec.axes, spec.low_shape, x.dtype), specs, params
+            lambda spec, x: zeros_beside(x, spec.axes, spec.low_shape, x.dtype), plan.specs, params
         )
-        projectors = jax.tree.map(options.no_projector, params, specs)
-        inner = per_matrix(proxies, specs)
-        find_copies(optimizer.init, proxies, specs)  # raises where the state could not follow
-        inner_state = inner.init(proxies)
-        if options.rotate_moments and jax.tree.leaves(projectors):
-            warn_without_first_moments(inner_state)
+        projectors = jax.tree.map(options.no_projector, params, plan.specs)
+        inner_state = plan.optimizer.init(proxies)
+        turns = not options.rotate_moments or first_moments(inner_state)
+        if not turns and jax.tree.leaves(projectors):
+            warnings.warn(_NOTHING_TURNS, stacklevel=2)
         return GaLoreState(jnp.zeros([], jnp.int32), projectors, inner_state)
 
-    def new_projectors(due: Any, gradients: Any, state: Any, specs: Any) -> tuple[Any, Any]:
-        """P <- the top singular vectors of G where it is due; first moments turn with it."""
-        moments, put = [], lambda _: state.inner_state
-        if options.rotate_moments:
-            moments, put = split_first_moments(state.inner_state)
-
-        def refresh_all(before: tuple[Any, list[Any]]) -> tuple[Any, list[Any]]:
-            # No key is made, and no random number drawn, where the projectors stay.
-            key = jax.random.fold_in(jax.random.key(options.seed), state.count)
-            how = options.projector, key, options.power_iterations
-            return refresh_leaves(*how, gradients, specs, *before)
-
-        before = state.projector, moments
-        if isinstance(due, bool):
-            projectors, moments = refresh_all(before) if due else before
-        else:
-            projectors, moments = jax.lax.cond(due, refresh_all, lambda same: same, before)
-        return projectors, put(moments)
+    def new_projectors(
+        plan: Plan, due: bool | jax.Array, gradients: Any, state: Any, params: Any
+    ) -> tuple[Any, optax.OptState]:
+        """P from G where that is due; first moments and copies of weights follow it."""
+        stored, inner_state = refresh_projectors(options, due, gradients, plan.specs, state)
+        if plan.copies:
+            inner_state = plan.copies.follow(
+                due,
+                plan.optimizer.init,
+                inner_state,
+                params,
+                (dense(state.projector), dense(stored)),
+                plan.specs,
+                options.scale,
+                state.count,
+            )
+        return stored, inner_state
 
     def refresh(gradients: Any, state: Any, params: Any = None) -> GaLoreState:
-        specs = find_specs(gradients, must_match=False)
-        check_fit(specs, gradients, state.projector)
-        _is_due(jnp.bool_(True), options.update_proj_gap, gradients, state)
-        stored, inner_state = new_projectors(True, gradients, state, specs)
-        low = on_matrices(low_rank_gradient, specs, gradients, dense(stored))
-        inner, both = per_matrix(low, specs), (dense(state.projector), dense(stored))
-        if copies := find_copies(optimizer.init, low, specs):
-            _, inner_state = copies.follow(
-                inner.init, inner_state, params, both, specs, options.scale, state.count
-            )
-        return GaLoreState(state.count, stored, inner_state)
+        plan = plan_of(gradients)
+        plan.check_fit(True, gradients, state)
+        return GaLoreState(state.count, *new_projectors(plan, True, gradients, state, params))
 
     def update(
         updates: optax.Updates,
@@ -245,37 +218,31 @@ def _wrap(optimizer: optax.GradientTransformation, options: CheckedOptions) -> G
         refresh: bool | jax.Array | None = None,
         **extra_args: Any,
     ) -> tuple[optax.Updates, GaLoreState]:
-        specs = find_specs(updates, must_match=False)
-        check_fit(specs, updates, state.projector)
-        due = _is_due(refresh, options.update_proj_gap, updates, state)
+        due = _is_due(refresh, options.update_proj_gap, state)
+        plan = plan_of(updates)
+        plan.check_fit(due, updates, state)
 
         # P, at updates 0, T, 2T, ... new from G
-        stored, inner_state = new_projectors(due, updates, state, specs)
+        stored, inner_state = new_projectors(plan, due, updates, state, params)
         projectors = dense(stored)
 
         # R = P^T G
-        low = on_matrices(low_rank_gradient, specs, updates, projectors)
+        low = on_matrices(MatrixSpec.to_low_rank, plan.specs, updates, projectors)
 
         # N = optimizer(R), which sees P^T W
-        inner = per_matrix(low, specs)
-        copies = find_copies(optimizer.init, low, specs)
-        low_params = params
-        if copies:
-            both = (dense(state.projector), projectors)
-            low_params, inner_state = copies.follow(
-                inner.init, inner_state, params, both, specs, options.scale, state.count
-            )
-        elif params is not None:
-            low_params = on_matrices(low_rank_gradient, specs, params, projectors)
+        see = (
+            functools.partial(seen_weight, options.scale) if plan.copies else MatrixSpec.to_low_rank
+        )
+        low_params = None if params is None else on_matrices(see, plan.specs, params, projectors)
+        copies = plan.copies.copies if plan.copies else ()
         steps, decay, inner_state = update_and_decay(
-            inner, low, inner_state, low_params, specs, tuple(copies.copies), **extra_args
+            plan.optimizer, low, inner_state, low_params, plan.specs, copies, **extra_args
         )
 
         # W <- W + scale * P N
-        scale_if_set = functools.partial(_scale_if_set, options.scale, due)
-        scale = on_matrices(scale_if_set, specs, steps, stored)
+        back = functools.partial(bring_back, options.scale, due)
         weights = (low, updates) if params is None else (low_params, params)
-        new = on_matrices(bring_back, specs, steps, scale, projectors, decay, *weights)
+        new = on_matrices(back, plan.specs, steps, projectors, decay, *weights)
         return new, GaLoreState(optax.safe_increment(state.count), stored, inner_state)
 
     def update_on_any_mesh(
@@ -286,9 +253,9 @@ def _wrap(optimizer: optax.GradientTransformation, options: CheckedOptions) -> G
     ) -> tuple[optax.Updates, GaLoreState]:
         if not _on_explicit_mesh((updates, state, params)):
             return update(updates, state, params, **extra_args)
-        some_projected = any(map(is_projected_gradient, _leaves(updates)))
-        like = (params if some_projected else updates, state)
-        return in_auto_mode(update, (updates, state, params), extra_args, like=like)
+        leaves = jax.tree.leaves(updates, is_leaf=is_projected_gradient)
+        like = params if any(map(is_projected_gradient, leaves)) else updates
+        return in_auto_mode(update, (updates, state, params), extra_args, like=(like, state))
 
     def refresh_on_any_mesh(gradients: Any, state: Any, params: Any = None) -> GaLoreState:
         if not _on_explicit_mesh((gradients, state, params)):
@@ -300,48 +267,26 @@ def _wrap(optimizer: optax.GradientTransformation, options: CheckedOptions) -> G
     return transformation
 
 
-_NEEDS_FULL = (
-    "a new projector needs the full gradients, and these are projected: give full ones with "
-    "refresh=True, projected ones with refresh=False"
+_NOTHING_TURNS = (
+    "rotate_moments=True does nothing here: the optimizer's state has no first moment named mu, "
+    "trace or ema that can turn"
 )
 
 
-def _is_due(refresh: Any, update_proj_gap: Any, updates: Any, state: Any) -> Any:
+def _is_due(refresh: Any, update_proj_gap: Any, state: Any) -> Any:
     """Whether this update refreshes: a bool where that is known, else a traced one."""
     if refresh is not None and (jnp.shape(refresh) != () or jnp.result_type(refresh) != jnp.bool_):
         raise TypeError(f"refresh must be a bool, a () bool array or None, got {refresh!r}")
     due = state.count % update_proj_gap == 0 if refresh is None else refresh
     if isinstance(due, Tracer) and refresh is not None:
         due |= state.count == 0
-    due = due if isinstance(due, Tracer) else bool(due)
-    if any(map(is_projected_gradient, _leaves(updates))) and due is not False:
-        raise ValueError(_NEEDS_FULL)
-    if due is False and not isinstance(state.count, Tracer) and state.count == 0:
-        arrays = jax.tree.leaves(state.projector)
-        if arrays and not any(jnp.any(x != 0) for x in arrays):
-            raise ValueError(
-                "refresh=False on a new state, which has no projector yet: the first update "
-                "(update 0, 0 % update_proj_gap == 0) needs refresh=True and full gradients"
-            )
-    return due
-
-
-def _scale_if_set(scale: Any, due: Any, spec: MatrixSpec, step: jax.Array, stored: Any) -> Any:
-    """The factor on a leaf's update: NaN, which no one overlooks, where it has no projector yet."""
-    del spec, step
-    if due is True:
-        return scale
-    is_set = functools.reduce(
-        jnp.logical_or, [(x != 0).any((-2, -1), keepdims=True) for x in jax.tree.leaves(stored)]
-    )
-    return jnp.where(is_set, scale, jnp.nan)
-
-
-def _leaves(updates: optax.Updates) -> list[Any]:
-    return jax.tree.leaves(updates, is_leaf=is_projected_gradient)
+    return due if isinstance(due, Tracer) else bool(due)
 
 
 def _on_explicit_mesh(tree: Any) -> bool:
-    shardings = (getattr(jax.typeof(x), "sharding", None) for x in jax.tree.leaves(tree))
-    meshes = (sharding.mesh for sharding in shardings if isinstance(sharding, NamedSharding))
-    return any(AxisType.Explicit in mesh.axis_types for mesh in meshes if not mesh.empty)
+    for array in jax.tree.leaves(tree):
+        sharding = getattr(jax.typeof(array), "sharding", None)
+        mesh = sharding.mesh if isinstance(sharding, NamedSharding) else None
+        if mesh is not None and not mesh.empty and AxisType.Explicit in mesh.axis_types:
+            return True
+    return False

@@ -12,11 +12,11 @@ import jax.numpy as jnp
 import optax
 
 from galore_jax.errors import check_int, check_rank
-from galore_jax.projection import PROJ_TYPES, ProjType, TwoSided
+from galore_jax.projection import PROJ_TYPES, MatrixSpec, ProjType, TwoSided
 from galore_jax.projectors import PROJECTOR_METHODS, ProjectorMethod
 from galore_jax.quantization import quantized_zeros
 from galore_jax.sharding import zeros_beside
-from galore_jax.weights import MatrixSpec, Patterns, Rank, path_filter
+from galore_jax.weights import Patterns, Rank, path_filter
 
 
 class GaLoreOptions(TypedDict, total=False):

@@ -91,19 +91,25 @@ def over_stacks(
     if not any(jax.tree.leaves(depths)):
         return optimizer
 
+    @functools.lru_cache(8)
+    def axes_of(state_treedef: Any) -> list[tuple[Any, Any]]:
+        state = state_treedef.unflatten(range(state_treedef.num_leaves))
+        return _mapped_axes(depths, _owners(optimizer, state, depths))
+
     def init(params: optax.Params) -> optax.OptState:
         # Without their shardings: an explicit one cannot be mapped over.
         shapes = jax.tree.map(lambda x: jax.ShapeDtypeStruct(jnp.shape(x), x.dtype), params)
         one = jax.tree.map(
             lambda x, depth: jax.ShapeDtypeStruct(x.shape[depth:], x.dtype), shapes, depths
         )
-        owners = _owners(optimizer, jax.eval_shape(optimizer.init, one), depths)
-        on_stacks = _over_leaves(optimizer.init, depths, owners)
-        if _traced(on_stacks, shapes) is None:
-            return optimizer.init(params)
+        on_stacks = optimizer.init
+        for of_params, of_state in axes_of(jax.tree.structure(jax.eval_shape(optimizer.init, one))):
+            on_stacks = jax.vmap(on_stacks, in_axes=(of_params,), out_axes=of_state)
+        found = _leafwise_program(on_stacks, shapes)
         # Zeros made on the stacks themselves are sharded as these are.
-        plain, stacked = (jax.eval_shape(init, shapes) for init in (optimizer.init, on_stacks))
-        return optimizer.init(params) if plain == stacked else on_stacks(params)
+        if found is None or found[1] == jax.eval_shape(optimizer.init, shapes):
+            return optimizer.init(params)
+        return on_stacks(params)
 
     def update(
         updates: optax.Updates,
@@ -111,13 +117,15 @@ def over_stacks(
         params: optax.Params | None = None,
         **extra_args: Any,
     ) -> tuple[optax.Updates, optax.OptState]:
-        owners = _owners(optimizer, state, depths)
-        one = functools.partial(optimizer.update, **extra_args)
-        on_stacks = _over_leaves(one, depths, owners, is_update=True, has_params=params is not None)
-        if traced := _traced(on_stacks, updates, state, params):
-            return traced()
-        plain = jax.eval_shape(optimizer.init, updates)
-        if jax.tree.map(jnp.shape, plain) != jax.tree.map(jnp.shape, state):
+        axes, arguments = axes_of(jax.tree.structure(state)), (updates, state, params)
+        on_stacks = _over_leaves(optimizer, axes, has_params=params is not None, **extra_args)
+        if found := _leafwise_program(on_stacks, *arguments):
+            program, out = found
+            leaves = jax.tree.leaves(arguments)
+            if not any(isinstance(leaf, Tracer) for leaf in leaves):
+                return on_stacks(*arguments)  # an eager call would compile a new program each time
+            return jax.tree.unflatten(jax.tree.structure(out), jaxpr_as_fun(program)(*leaves))
+        if _shapes(jax.eval_shape(optimizer.init, updates)) != _shapes(state):
             raise ValueError(
                 "the optimizer lets leaves depend on each other (a global norm?) and keeps "
                 "more than moments of a leaf's shape: on stacked leaves these do not go "
@@ -151,15 +159,13 @@ def is_leafwise(
     state = jax.eval_shape(tx.init, params)
     owners = _owners(tx, state, one)
 
-    def twice(x: Any, is_twice: bool) -> jax.ShapeDtypeStruct:
-        return jax.ShapeDtypeStruct((2, *x.shape) if is_twice else x.shape, x.dtype)
+    def twice(x: Any, owner: int) -> jax.ShapeDtypeStruct:
+        return jax.ShapeDtypeStruct((2, *x.shape) if owner >= 0 else x.shape, x.dtype)
 
-    update = _over_leaves(
-        functools.partial(tx.update, **extra_args), one, owners, is_update=True, has_params=True
-    )
-    doubled = jax.tree.map(lambda x: twice(x, True), params)
-    state = jax.tree.map(lambda x, owner: twice(x, owner >= 0), state, owners)
-    return _traced(update, doubled, state, doubled) is not None
+    update = _over_leaves(tx, _mapped_axes(one, owners), has_params=True, **extra_args)
+    doubled = jax.tree.map(twice, params, one)
+    state = jax.tree.map(twice, state, owners)
+    return _leafwise_program(update, doubled, state, doubled) is not None
 
 
 def layer_axes(optimizer: optax.GradientTransformation, state: optax.OptState, depths: Any) -> Any:
@@ -214,40 +220,75 @@ def put_layer(tree: Any, axes: Any, index: jax.typing.ArrayLike, layer: Any) -> 
 def _owners(optimizer: Any, state: optax.OptState, params: Any) -> Any:
     """For each array of a state the index of the leaf that it belongs to, or -1."""
     leaves, treedef = jax.tree.flatten(params)
-    indices = treedef.unflatten(range(len(leaves)))
 
     def mark(like_params: Any, indices: Any) -> Any:
-        return jax.tree.map(lambda i, x: jax.tree.map(lambda _: i, x), indices, like_params)
+        return jax.tree.map(_fill, indices, like_params)
 
-    return optax.tree_utils.tree_map_params(
-        optimizer,
-        mark,
-        state,
-        indices,
-        transform_non_params=lambda x: jax.tree.map(lambda _: -1, x),
-        is_leaf=lambda _: True,
-    )
+    try:
+        return optax.tree_utils.tree_map_params(
+            optimizer,
+            mark,
+            state,
+            treedef.unflatten(range(len(leaves))),
+            transform_non_params=lambda x: _fill(-1, x),
+            is_leaf=lambda _: True,
+        )
+    except (AttributeError, IndexError, KeyError, TypeError):
+        # An init that is no jax.tree.map ({k: ... for k in params}) fails on Optax's placeholder.
+        return _owners_by_path(state, params)
+
+
+def _owners_by_path(state: optax.OptState, params: Any) -> Any:
+    """The same for a state that has the keys of the params: by the whole path of a leaf."""
+    paths = [path for path, _ in jax.tree_util.tree_leaves_with_path(params)]
+    index = {path: i for i, path in enumerate(paths)}
+
+    def owner(path: tuple[Any, ...], _: Any) -> int:
+        parts = (path[i:j] for i in range(len(path)) for j in range(len(path), i, -1))
+        return next((index[part] for part in parts if part in index), -1)
+
+    return jax.tree_util.tree_map_with_path(owner, state)
+
+
+def _fill(value: Any, tree: Any) -> Any:
+    return jax.tree.map(lambda _: value, tree)
+
+
+def _shapes(tree: Any) -> Any:
+    return jax.tree.map(jnp.shape, tree)
+
+
+def _mapped_axes(depths: Any, owners: Any) -> list[tuple[Any, Any]]:
+    """What ``jax.vmap`` maps, of params and of state, for each leading axis of each stack."""
+    stacks, treedef = jax.tree.flatten(depths)
+    axes = []
+    for index, depth in enumerate(stacks):
+        of_params = treedef.unflatten([0 if i == index else None for i in range(len(stacks))])
+        of_state = jax.tree.map(lambda owner, i=index: 0 if owner == i else None, owners)
+        axes += [(of_params, of_state)] * depth
+    return axes
 
 
 def _over_leaves(
-    fn: Any, depths: Any, owners: Any, *, is_update: bool = False, has_params: bool = False
-) -> Any:
-    """An ``init`` or ``update``, mapped over the leading axes of each stacked leaf in its turn."""
-    stacks, treedef = jax.tree.flatten(depths)
-    for index, depth in enumerate(stacks):
-        axes = jax.tree.map(lambda owner, i=index: 0 if owner == i else None, owners)
-        params = treedef.unflatten([0 if i == index else None for i in range(len(stacks))])
-        for _ in range(depth):
-            if is_update:
-                in_axes = (params, axes, params if has_params else None)
-                fn = jax.vmap(fn, in_axes=in_axes, out_axes=(params, axes))
-            else:
-                fn = jax.vmap(fn, in_axes=(params,), out_axes=axes)
-    return fn
+    optimizer: optax.GradientTransformationExtraArgs,
+    axes: list[tuple[Any, Any]],
+    *,
+    has_params: bool,
+    **extra_args: Any,
+) -> Callable[..., Any]:
+    """An optimizer's ``update``, mapped over the leading axes of each stacked leaf in its turn."""
+    update = functools.partial(optimizer.update, **extra_args)
+    for params, state in axes:
+        in_axes = (params, state, params if has_params else None)
+        update = jax.vmap(update, in_axes=in_axes, out_axes=(params, state))
+    return update
 
 
-def _traced(fn: Any, *arguments: Any) -> Callable[[], Any] | None:
-    """A call of ``fn``; None if it lets leaves depend on one another, or draws random numbers."""
+def _leafwise_program(fn: Any, *arguments: Any) -> tuple[Any, Any] | None:
+    """The jaxpr of ``fn`` and its results' shapes; None if leaves depend on one another in it.
+
+    None too if it draws random numbers: under a vmap every layer would draw the same.
+    """
     try:
         program, out = jax.make_jaxpr(fn, return_shape=True)(*arguments)
     except ValueError as error:
@@ -255,10 +296,5 @@ def _traced(fn: Any, *arguments: Any) -> Callable[[], Any] | None:
         if "output was batched" not in str(error):
             raise
         return None
-    # Under a vmap every layer would draw the same numbers.
-    text, leaves = str(program), jax.tree.leaves(arguments)
-    if "random_" in text or "threefry" in text:
-        return None
-    if not any(isinstance(leaf, Tracer) for leaf in leaves):
-        return lambda: fn(*arguments)  # a new program would be compiled anew at each eager call
-    return lambda: jax.tree.unflatten(jax.tree.structure(out), jaxpr_as_fun(program)(*leaves))
+    text = str(program)
+    return None if "random_" in text or "threefry" in text else (program, out)

@@ -11,16 +11,15 @@ import optax
 from galore_jax.galore import GaLoreState
 from galore_jax.kernels import ProjectedKernel, is_projected_kernel
 from galore_jax.projection import (
+    MatrixSpec,
     ProjectedGradient,
     ProjType,
-    Side,
     TwoSided,
     dense,
     is_projected_gradient,
     project,
-    projected_shape,
-    projected_side,
 )
+from galore_jax.quantization import is_quantized
 from galore_jax.weight_decay import note_tangent, replaced
 from galore_jax.weights import Patterns, leaf_path, path_filter
 
@@ -125,11 +124,19 @@ def gradient_variables(
     is_kernel = path_filter("" if kernels is None else kernels, "kernels")
 
     def variable(key_path: tuple[Any, ...], leaf: Any, projector: Any) -> Any:
-        path = leaf_path(key_path)
+        path, shape = leaf_path(key_path), jnp.shape(leaf)
         if isinstance(projector, optax.MaskedNode) or not is_kernel(path):
             return leaf
-        side, low_shape = _fit(path, jnp.shape(leaf), projector, proj_type)
-        return ProjectedGradient(jnp.zeros(low_shape, leaf.dtype), jnp.shape(leaf), side)
+        found = jax.tree.map(jnp.shape, projector, is_leaf=is_quantized)
+        rank = (found.left if isinstance(found, TwoSided) else found)[-1]
+        spec = MatrixSpec.of_kernel(shape, rank, proj_type)
+        if found != spec.projector_shape:
+            raise ValueError(
+                f"the projectors {found} of {path} do not fit its shape {shape} and "
+                f"proj_type={proj_type!r}; give the proj_type of the galore that made them, and in "
+                "kernels only leaves whose last two axes are the matrix"
+            )
+        return ProjectedGradient(jnp.zeros(spec.low_shape, leaf.dtype), shape, spec.side)
 
     projectors = galore_state(opt_state).projector
     return jax.tree_util.tree_map_with_path(variable, params, projectors)
@@ -207,23 +214,6 @@ def galore_state(opt_state: optax.OptState) -> GaLoreState:
     return found[0]
 
 
-def _fit(
-    path: str, shape: tuple[int, ...], projector: Any, proj_type: ProjType
-) -> tuple[Side, tuple[int, ...]]:
-    """The side and the shape of R of a kernel, whose projector must fit both."""
-    side = projected_side(shape, proj_type)
-    bases = projector if isinstance(projector, TwoSided) else (projector,)
-    shapes = [tuple(basis.shape) for basis in bases]
-    rows = {"left": shape[-2:-1], "right": shape[-1:], "both": shape[-2:]}[side]
-    if [s[:-1] for s in shapes] != [(*shape[:-2], size) for size in rows]:
-        raise ValueError(
-            f"the projectors {shapes} of {path} do not fit its shape {shape} and "
-            f"proj_type={proj_type!r}; give the proj_type of the galore that made them, and in "
-            "kernels only leaves whose last two axes are the matrix"
-        )
-    return side, projected_shape(shape, shapes[0][-1], side)
-
-
 def _check_route(opt_state: optax.OptState) -> None:
     """Tells where something else than ``galore`` would see projected gradients first."""
     is_state = lambda node: isinstance(node, GaLoreState)  # noqa: E731
@@ -252,20 +242,20 @@ def _check_uses(loss_fn: Callable[[Any], Any], nodes: Any) -> None:
         i: (node.kernel, node.projector) for i, node in enumerate(flat) if is_projected_kernel(node)
     }
     arrays, structure = jax.tree.flatten(constants)
-    floating = [i for i, x in enumerate(arrays) if jnp.issubdtype(x.dtype, jnp.floating)]
+    floating = {i: x for i, x in enumerate(arrays) if jnp.issubdtype(x.dtype, jnp.floating)}
     found: set[int] = set()
 
-    def noted(values: list[jax.Array]) -> list[jax.Array]:
-        new = structure.unflatten(replaced(arrays, floating, values))
-        kernels = [ProjectedKernel(*pair, gradient=flat[i].gradient) for i, pair in new.items()]
-        out = loss_fn(treedef.unflatten(replaced(flat, list(new), kernels)))
+    def noted(values: dict[int, jax.Array]) -> list[jax.Array]:
+        pairs = structure.unflatten(replaced(arrays, values))
+        kernels = {i: ProjectedKernel(*pairs[i], gradient=flat[i].gradient) for i in pairs}
+        out = loss_fn(treedef.unflatten(replaced(flat, kernels)))
         return [note_tangent(x, 0, found) for x in jax.tree.leaves(out) if isinstance(x, jax.Array)]
 
-    def with_tangents(values: list[jax.Array]) -> list[jax.Array]:
+    def with_tangents(values: dict[int, jax.Array]) -> list[jax.Array]:
         # linear stops these tangents: one that arrives has come by another way.
-        return jax.jvp(noted, (values,), ([jnp.ones_like(x) for x in values],))[0]
+        return jax.jvp(noted, (values,), (jax.tree.map(jnp.ones_like, values),))[0]
 
-    jax.eval_shape(with_tangents, [arrays[i] for i in floating])
+    jax.eval_shape(with_tangents, floating)
     if found:
         raise ValueError(
             "the loss uses a projected kernel, or its projector, otherwise than by "

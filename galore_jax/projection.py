@@ -1,4 +1,4 @@
-"""Projection of one matrix, or of a stack of matrices along leading axes.
+"""Projection of one matrix, or of a stack of matrices along leading axes; leaves as matrices.
 
 A gradient ``G`` of shape (..., m, n) is projected onto orthonormal columns on one of its sides, or
 on both (Zhao et al. 2024, arXiv:2403.03507, section 3 and Definition 3.4):
@@ -12,18 +12,14 @@ on both (Zhao et al. 2024, arXiv:2403.03507, section 3 and Definition 3.4):
 
 import dataclasses
 import functools
-import warnings
+import math
 from collections.abc import Callable
 from typing import Any, Literal, NamedTuple, get_args
 
 import jax
 import jax.numpy as jnp
-import optax
 
-from galore_jax.quantization import FirstMoment, Quantized, dequantize, is_quantized
-
-# As Optax names the first moments of its optimizers: linear in the gradients or the updates.
-FIRST_MOMENTS = frozenset({"mu", "trace", "ema"})
+from galore_jax.quantization import dequantize, is_quantized
 
 ProjType = Literal["std", "reverse_std", "left", "right", "full"]
 Side = Literal["left", "right", "both"]
@@ -120,51 +116,114 @@ def effective_rank(shape: tuple[int, ...], rank: int) -> int:
     return min(rank, *shape[-2:])
 
 
-def projected_shape(shape: tuple[int, ...], rank: int, side: Side) -> tuple[int, ...]:
-    """Gives the shape of R: (..., r, n) for left, (..., m, r) for right, (..., r, r) for both.
+@dataclasses.dataclass(frozen=True)
+class MatrixSpec:
+    """How a leaf is a matrix, or a stack of matrices, and how that is projected.
 
-    >>> projected_shape((8, 512, 1376), 128, "left"), projected_shape((512, 1376), 128, "both")
-    ((8, 128, 1376), (128, 128))
+    Attributes:
+      shape: the leaf's shape.
+      stack: the axes that index a stack.
+      rows: the axes that make the rows m.
+      columns: the axes that make the columns n.
+      proj_type: how the side follows from the shape, see ``projected_side``.
+      rank: the rank r of the projection; a smaller matrix takes ``min(m, n)``.
+
+    >>> spec = MatrixSpec.of_kernel((8, 512, 1376), 128)
+    >>> spec.side, spec.low_shape, spec.projector_shape
+    ('left', (8, 128, 1376), (8, 512, 128))
+    >>> spec = MatrixSpec.of_kernel((512, 1376), 128, "full")
+    >>> spec.low_shape, spec.projector_shape
+    ((128, 128), TwoSided(left=(512, 128), right=(1376, 128)))
     """
-    r, (m, n) = effective_rank(shape, rank), shape[-2:]
-    rows, columns = {"left": (r, n), "right": (m, r), "both": (r, r)}[side]
-    return (*shape[:-2], rows, columns)
+
+    shape: tuple[int, ...]
+    stack: tuple[int, ...]
+    rows: tuple[int, ...]
+    columns: tuple[int, ...]
+    proj_type: ProjType
+    rank: int
+
+    @classmethod
+    def of_kernel(
+        cls, shape: tuple[int, ...], rank: int, proj_type: ProjType = "std"
+    ) -> "MatrixSpec":
+        """The last two axes are m and n, as ``galore_jax.linear`` multiplies."""
+        *stack, row, column = range(len(shape))
+        return cls(shape, tuple(stack), (row,), (column,), proj_type, rank)
+
+    @functools.cached_property
+    def matrix_shape(self) -> tuple[int, ...]:
+        """(*stack, m, n)."""
+        m, n = (math.prod(self.shape[i] for i in axes) for axes in (self.rows, self.columns))
+        return (*(self.shape[i] for i in self.stack), m, n)
+
+    @functools.cached_property
+    def side(self) -> Side:
+        """The side that is projected."""
+        return projected_side(self.matrix_shape, self.proj_type)
+
+    @functools.cached_property
+    def low_shape(self) -> tuple[int, ...]:
+        """The shape of R: (*stack, r, n) for left, (*stack, m, r) for right, (*stack, r, r)."""
+        *stack, m, n = self.matrix_shape
+        r = effective_rank(self.matrix_shape, self.rank)
+        return (*stack, *{"left": (r, n), "right": (m, r), "both": (r, r)}[self.side])
+
+    @functools.cached_property
+    def projector_shape(self) -> Any:
+        """The shape of P: (*stack, m, r) for left, (*stack, n, r) for right, a ``TwoSided``."""
+        *stack, m, n = self.matrix_shape
+        r = effective_rank(self.matrix_shape, self.rank)
+        both = TwoSided((*stack, m, r), (*stack, n, r))
+        return {"left": both.left, "right": both.right, "both": both}[self.side]
+
+    @property
+    def axes(self) -> tuple[int | None, ...]:
+        """The leaf's axis of each axis of the matrix; None where several are joined."""
+        joined = (axes[0] if len(axes) == 1 else None for axes in (self.rows, self.columns))
+        return (*self.stack, *joined)
+
+    def to_matrix(self, leaf: jax.Array) -> jax.Array:
+        """The leaf as (*stack, m, n)."""
+        order = self.stack + self.rows + self.columns
+        return jnp.transpose(leaf, order).reshape(self.matrix_shape)
+
+    def from_matrix(self, matrix: jax.Array) -> jax.Array:
+        """The leaf of a (*stack, m, n) matrix."""
+        order = self.stack + self.rows + self.columns
+        apart = matrix.reshape(tuple(map(self.shape.__getitem__, order)))
+        return jnp.transpose(apart, sorted(range(len(order)), key=order.__getitem__))
+
+    def to_low_rank(self, leaf: Any, projector: Projector) -> jax.Array:
+        """Projects the leaf to R, of the shape ``low_shape``; takes R itself if it has that."""
+        if is_projected_gradient(leaf):
+            return leaf.low_rank
+        return project(self.to_matrix(leaf), projector, self.side)
+
+    def from_low_rank(self, low_rank: jax.Array, projector: Projector) -> jax.Array:
+        """Brings R back to the leaf's shape."""
+        return self.from_matrix(project_back(low_rank, projector, self.side))
 
 
-def projector_shape(shape: tuple[int, ...], rank: int, side: Side) -> Any:
-    """Gives a projector's shape: (..., m, r) for left, (..., n, r) for right, the two for both.
+def on_matrices(fn: Callable[..., Any], specs: Any, tree: Any, *rest: Any) -> Any:
+    """Maps ``fn(spec, leaf, *rest)`` over the projected leaves of a tree; others stay.
 
-    >>> projector_shape((8, 512, 1376), 128, "left"), projector_shape((8, 4), 2, "both")
-    ((8, 512, 128), TwoSided(left=(8, 2), right=(4, 2)))
+    >>> on_matrices(lambda spec, x: x + spec, {"a": 1, "b": None}, {"a": 2, "b": 3})
+    {'a': 3, 'b': 3}
     """
-    r = effective_rank(shape, rank)
-    left, right = ((*shape[:-2], rows, r) for rows in shape[-2:])
-    return TwoSided(left, right) if side == "both" else left if side == "left" else right
+    pick = lambda x, spec, *more: x if spec is None else fn(spec, x, *more)  # noqa: E731
+    return jax.tree.map(pick, tree, specs, *rest, is_leaf=is_projected_gradient)
 
 
-def empty_projector(
-    shape: tuple[int, ...], rank: int, side: Side, dtype: jax.typing.DTypeLike
-) -> Projector:
-    """Makes a projector of zeros, of the shape that ``projector_shape`` gives.
-
-    >>> empty_projector((8, 512, 1376), 128, "left", "float32").shape
-    (8, 512, 128)
-    """
-    shapes = projector_shape(shape, rank, side)
-    if isinstance(shapes, TwoSided):
-        return TwoSided(*(jnp.zeros(each, dtype) for each in shapes))
-    return jnp.zeros(shapes, dtype)
-
-
-def dense(projector: Any) -> Any:
-    """Decodes the quantised arrays of a projector, or of a tree.
+def dense(tree: Any) -> Any:
+    """Decodes the quantised arrays of a tree of projectors or moments.
 
     >>> import jax.numpy as jnp
     >>> dense(jnp.eye(2)).shape
     (2, 2)
     """
     decode = lambda node: dequantize(node) if is_quantized(node) else node  # noqa: E731
-    return jax.tree.map(decode, projector, is_leaf=is_quantized)
+    return jax.tree.map(decode, tree, is_leaf=is_quantized)
 
 
 def project(matrix: jax.Array, projector: Projector, side: Side) -> jax.Array:
@@ -174,7 +233,10 @@ def project(matrix: jax.Array, projector: Projector, side: Side) -> jax.Array:
     >>> project(jnp.ones((4, 6)), jnp.eye(4, 2), "left").shape
     (2, 6)
     """
-    return _on_each_side(matrix, projector, side, lambda basis: jnp.swapaxes(basis, -2, -1))
+    left, right = projector if isinstance(projector, TwoSided) else (projector, projector)
+    out = matrix if side == "right" else matmul(jnp.matrix_transpose(left), matrix)
+    out = out if side == "left" else matmul(out, right)
+    return out.astype(matrix.dtype)
 
 
 def project_back(low_rank: jax.Array, projector: Projector, side: Side) -> jax.Array:
@@ -184,7 +246,10 @@ def project_back(low_rank: jax.Array, projector: Projector, side: Side) -> jax.A
     >>> project_back(jnp.ones((2, 6)), jnp.eye(4, 2), "left").shape
     (4, 6)
     """
-    return _on_each_side(low_rank, projector, side, lambda basis: basis)
+    left, right = projector if isinstance(projector, TwoSided) else (projector, projector)
+    out = low_rank if side == "right" else matmul(left, low_rank)
+    out = out if side == "left" else matmul(out, jnp.matrix_transpose(right))
+    return out.astype(low_rank.dtype)
 
 
 def rotate(low_rank: jax.Array, old: Projector, new: Projector, side: Side) -> jax.Array:
@@ -197,78 +262,10 @@ def rotate(low_rank: jax.Array, old: Projector, new: Projector, side: Side) -> j
     [[2.0], [1.0]]
     """
 
-    def turn(new_basis: jax.Array, old_basis: jax.Array) -> jax.Array:
-        return matmul(jnp.swapaxes(in_float32(new_basis), -2, -1), in_float32(old_basis))
+    def turn(new: jax.Array, old: jax.Array) -> jax.Array:
+        return matmul(jnp.matrix_transpose(in_float32(new)), in_float32(old))
 
-    return _on_each_side(low_rank, jax.tree.map(turn, new, old), side, lambda basis: basis)
-
-
-def split_first_moments(state: Any) -> tuple[list[Any], Callable[[list[Any]], Any]]:
-    """Takes the first moments out of an optimizer's state, by the names that Optax uses.
-
-    Those of a centred second moment (``rmsprop(centered=True)``) are left where they are: turned
-    alone they would make its variance negative.
-
-    Returns:
-      The trees under fields named ``mu``, ``trace`` or ``ema``; and a function that puts others in
-      their places.
-
-    >>> import jax.numpy as jnp, optax
-    >>> moments, put = split_first_moments(optax.adam(0.1).init({"w": jnp.ones(2)}))
-    >>> moments, put([{"w": 1}])[0].mu
-    ([{'w': Array([0., 0.], dtype=float32)}], {'w': 1})
-    """
-
-    def is_moment(path: Any) -> bool:
-        return bool(path) and getattr(path[-1], "name", None) in FIRST_MOMENTS
-
-    nodes, treedef = jax.tree_util.tree_flatten_with_path(
-        state,
-        is_leaf=lambda path, x: (
-            is_moment(path) or isinstance(x, optax.ScaleByRStdDevState | optax.ScaleByAdamState)
-        ),
-        is_leaf_takes_path=True,
-    )
-    at = [
-        i
-        for i, (path, node) in enumerate(nodes)
-        if is_moment(path) or isinstance(node, optax.ScaleByAdamState)
-    ]
-
-    def take(node: Any) -> Any:
-        if not isinstance(node, optax.ScaleByAdamState):
-            return node
-        return jax.tree.map(_with_second, node.mu, node.nu, is_leaf=is_quantized)
-
-    def put(moments: list[Any]) -> Any:
-        new = {i: _put_moment(nodes[i][1], moment) for i, moment in zip(at, moments, strict=True)}
-        return treedef.unflatten([new.get(i, node) for i, (_, node) in enumerate(nodes)])
-
-    return [take(nodes[i][1]) for i in at], put
-
-
-def _with_second(first: Any, second: Any) -> Any:
-    """Adds to the codes of a ratio what they are a ratio to."""
-    is_ratio = isinstance(first, Quantized) and first.encoding == "ratio"
-    return FirstMoment(first, second) if is_ratio else first
-
-
-def _put_moment(node: Any, moment: Any) -> Any:
-    if not isinstance(node, optax.ScaleByAdamState):
-        return moment
-    is_first = lambda x: isinstance(x, FirstMoment)  # noqa: E731
-    codes = lambda x: x.ratio if is_first(x) else x  # noqa: E731
-    return node._replace(mu=jax.tree.map(codes, moment, is_leaf=is_first))
-
-
-def warn_without_first_moments(state: Any) -> None:
-    """Warns that ``rotate_moments`` does nothing for a state without first moments."""
-    if not split_first_moments(state)[0]:
-        warnings.warn(
-            "rotate_moments=True does nothing here: the optimizer's state has no first moment "
-            "named mu, trace or ema that can turn",
-            stacklevel=3,
-        )
+    return project_back(low_rank, jax.tree.map(turn, new, old), side)
 
 
 def matmul(a: jax.Array, b: jax.Array) -> jax.Array:
@@ -306,20 +303,3 @@ def scaled(gradient: jax.Array) -> jax.Array:
     matrix = in_float32(gradient)
     largest = jnp.max(jnp.abs(matrix), axis=(-2, -1), keepdims=True)
     return matrix / jnp.where(largest == 0, 1, largest)
-
-
-def _on_each_side(
-    matrix: jax.Array,
-    projector: Projector,
-    side: Side,
-    orient: Callable[[jax.Array], jax.Array],
-) -> jax.Array:
-    """``A X`` on the left, ``X A^T`` on the right, with A the oriented basis of that side."""
-    out = matrix
-    left = projector.left if isinstance(projector, TwoSided) else projector
-    right = projector.right if isinstance(projector, TwoSided) else projector
-    if side != "right":
-        out = matmul(orient(left), out)
-    if side != "left":
-        out = matmul(out, jnp.swapaxes(orient(right), -2, -1))
-    return out.astype(matrix.dtype)

@@ -1,9 +1,9 @@
-"""Projectors of gradients: exact, iterated, randomized, random; and a refresh of one.
+"""Projectors of gradients: exact, iterated, randomized, random.
 
 Each method takes a gradient of shape (..., m, n), any leading axes being a stack, computes in
 float32 (float64 for float64) and returns orthonormal columns in that dtype: (..., m, r) for the
-left side, (..., n, r) for the right one, and a ``TwoSided`` of the
-two for both; r is ``min(rank, m, n)``.
+left side, (..., n, r) for the right one, and a ``TwoSided`` of the two for both; r is
+``min(rank, m, n)``.
 """
 
 import functools
@@ -18,14 +18,11 @@ from galore_jax.projection import (
     Projector,
     Side,
     TwoSided,
-    dense,
     effective_rank,
     in_float32,
     matmul,
-    rotate,
     scaled,
 )
-from galore_jax.quantization import is_quantized, quantize_like
 
 ProjectorMethod = Literal["svd", "eigh", "subspace_iteration", "randomized", "random"]
 PROJECTOR_METHODS: tuple[ProjectorMethod, ...] = get_args(ProjectorMethod)
@@ -69,87 +66,6 @@ def find_projector(
     if method == "randomized":
         return randomized_projector(gradient, rank, key, side, power_iterations)
     return random_projector(gradient, rank, key, side)
-
-
-def refresh_leaves(
-    method: ProjectorMethod,
-    key: jax.Array,
-    power_iterations: jax.typing.ArrayLike,
-    gradients: Any,
-    specs: Any,
-    stored: Any,
-    moments: list[Any],
-) -> tuple[Any, list[Any]]:
-    """Computes new projectors, and turns first moments to them.
-
-    The matrices of a stack have their turns one after the other: the workspace is that of one. A
-    matrix whose gradient is zero or not finite keeps all that it had; a first projector is then
-    one of coordinate axes.
-
-    Args:
-      method, key, power_iterations: see ``find_projector``.
-      gradients: a tree of full gradients.
-      specs: a ``MatrixSpec`` for each leaf that is projected, else None.
-      stored: the projectors so far, as they are stored: zeros if there are none yet.
-      moments: trees of first moments, from ``galore_jax.projection.split_first_moments``.
-
-    Returns:
-      The projectors and the moments, stored as before.
-    """
-    is_static = isinstance(power_iterations, int)
-    rounds = (power_iterations, None) if is_static else (None, power_iterations)
-    leaves, treedef = jax.tree_util.tree_flatten_with_path(gradients)
-    new = treedef.flatten_up_to(stored)
-    # By their paths: a whole subtree that a mask leaves out is one node of a moment.
-    flat = [jax.tree_util.tree_flatten_with_path(m, is_leaf=is_quantized) for m in moments]
-    nodes = [dict(with_paths) for with_paths, _ in flat]
-    for i, ((path, gradient), spec) in enumerate(
-        zip(leaves, treedef.flatten_up_to(specs), strict=True)
-    ):
-        if spec is None:
-            continue
-        turning = [m for m in nodes if getattr(m.get(path), "shape", None) == spec.low_shape]
-        operands = spec.to_matrix(gradient), new[i], [moment[path] for moment in turning]
-        new[i], turned = _refreshed(method, spec, *rounds, key, *operands)
-        for moment, node in zip(turning, turned, strict=True):
-            moment[path] = node
-    trees = zip(flat, nodes, strict=True)
-    return treedef.unflatten(new), [tree.unflatten(m.values()) for (_, tree), m in trees]
-
-
-@functools.partial(jax.jit, static_argnums=(0, 1, 2))
-def _refreshed(method, spec, rounds, traced_rounds, key, gradient, stored, moments):
-    def refresh_one(operands: Any) -> Any:
-        gradient, stored, moments = operands
-        old = dense(stored)
-        is_usable = jnp.isfinite(gradient).all() & (gradient != 0).any()
-        is_empty = functools.reduce(
-            jnp.logical_and, [(x == 0).all() for x in jax.tree.leaves(stored)]
-        )
-        found = find_projector(
-            method,
-            jnp.where(is_usable, gradient, 0),
-            spec.rank,
-            spec.side,
-            old=old,
-            key=key,
-            power_iterations=traced_rounds if rounds is None else rounds,
-        )
-
-        def keep_or(new: Any, before: Any) -> Any:
-            take = lambda a, b: jnp.where(is_usable | is_empty, a.astype(b.dtype), b)  # noqa: E731
-            return jax.tree.map(take, quantize_like(before, new), before)
-
-        new = keep_or(found, stored)
-        turned = [rotate(dense(moment), old, dense(new), spec.side) for moment in moments]
-        return new, [keep_or(*pair) for pair in zip(turned, moments, strict=True)]
-
-    operands, stack = (gradient, stored, moments), gradient.shape[:-2]
-    if not stack:
-        return refresh_one(operands)
-    flat = jax.tree.map(lambda x: x.reshape(-1, *x.shape[len(stack) :]), operands)
-    out = jax.lax.map(refresh_one, flat)
-    return jax.tree.map(lambda x: x.reshape(*stack, *x.shape[1:]), out)
 
 
 def svd_projector(gradient: jax.Array, rank: int, side: Side) -> Projector:
@@ -328,14 +244,14 @@ def _power_iterations(
 ) -> jax.Array:
     transposed = jnp.swapaxes(matrix, -2, -1)
 
-    def once(columns: jax.Array) -> jax.Array:
+    def once(_: Any, columns: jax.Array) -> jax.Array:
         return orthonormalized(matmul(matrix, matmul(transposed, columns)))
 
     if isinstance(rounds, int):
-        for _ in range(rounds):
-            columns = once(columns)
+        for i in range(rounds):
+            columns = once(i, columns)
         return columns
-    return jax.lax.fori_loop(0, rounds, lambda _, columns: once(columns), columns)
+    return jax.lax.fori_loop(0, rounds, once, columns)
 
 
 def _top_eigenvectors(wide: jax.Array, count: int) -> jax.Array:

@@ -190,35 +190,19 @@ def dequantize_in_blocks(quantized: Quantized | FirstMoment) -> jax.Array:
     return decode_blocks(codes, quantized.scales, quantized.encoding)
 
 
-def dequantize_tree(tree: Any) -> Any:
-    """Returns the tree with float32 arrays for the quantised ones and the others as they were.
-
-    >>> import jax.numpy as jnp
-    >>> dequantize_tree([quantize(jnp.ones(2), "int8"), 3])
-    [Array([1., 1.], dtype=float32), 3]
-    """
-    return jax.tree.map(
-        lambda x: dequantize(x) if is_quantized(x) else x, tree, is_leaf=is_quantized
-    )
-
-
-def quantize_like(old: Any, new: Any) -> Any:
-    """Returns a tree of arrays, quantised (to nearest) where the old tree of its structure is.
+def quantize_like(old: Any, new: jax.Array) -> Any:
+    """Returns an array, quantised (to nearest) as the old one is, if it is.
 
     >>> import jax.numpy as jnp
     >>> quantize_like(quantize(jnp.ones(2), "int8"), jnp.ones(2)).codes.tolist()
     [127, 127]
     """
-
-    def like(old: Any, new: Any) -> Any:
-        if not is_quantized(old):
-            return new
-        if isinstance(old, FirstMoment):
-            ratio = ratio_to_root(new, dequantize(old.second))
-            return FirstMoment(like(old.ratio, ratio), old.second)
+    if isinstance(old, FirstMoment):
+        ratio = ratio_to_root(new, dequantize(old.second))
+        return FirstMoment(quantize_like(old.ratio, ratio), old.second)
+    if isinstance(old, Quantized):
         return quantize(new, old.encoding, block_size=old.block_size)
-
-    return jax.tree.map(like, old, new, is_leaf=is_quantized)
+    return new
 
 
 def ratio_to_root(first: jax.Array, second: jax.Array) -> jax.Array:

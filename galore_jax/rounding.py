@@ -1,6 +1,8 @@
 """Stochastic rounding: its noise, and updates of bfloat16 weights that are not lost."""
 
-from typing import Literal, get_args
+import math
+import zlib
+from typing import Any, Literal, get_args
 
 import jax
 import jax.numpy as jnp
@@ -13,7 +15,13 @@ ROUNDINGS: tuple[Rounding, ...] = get_args(Rounding)
 _PERIOD_BITS = 6  # the noise covers [0, 1) evenly in 2**6 counts
 
 
-def dithering(shape: tuple[int, ...], count: jax.typing.ArrayLike) -> jax.Array:
+def dithering(
+    shape: tuple[int, ...],
+    count: jax.typing.ArrayLike,
+    *,
+    seed: int = 0,
+    layer: jax.typing.ArrayLike = 0,
+) -> jax.Array:
     """Returns noise for rounding that covers [0, 1) evenly in any aligned 64 counts.
 
     Each value goes through the 64 parts of [0, 1) in an order drawn anew, by a hash of its index,
@@ -24,6 +32,8 @@ def dithering(shape: tuple[int, ...], count: jax.typing.ArrayLike) -> jax.Array:
     Args:
       shape: of the noise.
       count: updates so far, () int.
+      seed: arrays that are to have noise of their own have seeds far apart.
+      layer: the place in a stack of layers of this shape whose noise is asked for, () int.
 
     Returns:
       float32 of that shape, uniform in [0, 1).
@@ -31,13 +41,18 @@ def dithering(shape: tuple[int, ...], count: jax.typing.ArrayLike) -> jax.Array:
     >>> noise = dithering((1000,), 3)
     >>> abs(noise.mean().item() - 0.5) < 0.03
     True
+    >>> (dithering((4, 5), 3, layer=2) == dithering((6, 4, 5), 3)[2]).all().item()
+    True
     """
-    index, stride = jnp.zeros(shape, jnp.uint32), 1
+    size = math.prod(shape) % 2**32
+    first = jnp.asarray(layer).astype(jnp.uint32) * jnp.uint32(size)
+    index, stride = jnp.broadcast_to(first, shape), 1
     for axis in reversed(range(len(shape))):
         index += jax.lax.broadcasted_iota(jnp.uint32, shape, axis) * jnp.uint32(stride % 2**32)
         stride *= shape[axis]
     count = jnp.asarray(count).astype(jnp.uint32)
-    key = _hashed(index + _hashed((count >> _PERIOD_BITS) + jnp.uint32(0x9E3779B9)))
+    start = jnp.uint32((0x9E3779B9 + seed) % 2**32)
+    key = _hashed(index + _hashed((count >> _PERIOD_BITS) + start))
     # Odd factors and shifts permute the numbers below 64; the key chooses among the orders.
     part = (count + key) * (((key >> 6) & 31) * 2 + 1) & 63
     part = (part ^ (part >> 3)) * (((key >> 11) & 31) * 2 + 1) & 63
@@ -60,19 +75,23 @@ def apply_updates(
     updates: optax.Updates,
     count: jax.typing.ArrayLike,
     rounding: Rounding = "stochastic",
+    *,
+    layer: jax.typing.ArrayLike = 0,
 ) -> optax.Params:
     """``optax.apply_updates`` with a choice of how sums are rounded to bfloat16.
 
     A bfloat16 weight has eight bits: rounded to nearest, an update below a 256th to a 512th of it
     is lost, every time. Stochastic rounding takes the upper neighbour in proportion to nearness, so
-    that weights move by the updates on average. Its noise is
-    ``dithering``, a function of the count alone.
+    that weights move by the updates on average. Its noise is ``dithering``, a function of the
+    count and of each value's place: the path of its leaf, and its index there. Layers that are
+    updated one by one get the noise that they would have in their stack.
 
     Args:
       params: the weights; those of other dtypes than bfloat16 are rounded to nearest.
       updates: what is added, of the same structure.
       count: number of updates before this one, () int.
       rounding: ``"nearest"`` or ``"stochastic"``.
+      layer: where all leaves are one layer of stacks, the index of it, () int.
 
     Returns:
       The new weights, in their dtypes.
@@ -89,13 +108,14 @@ def apply_updates(
     if rounding == "nearest":
         return optax.apply_updates(params, updates)
 
-    def apply(weight: jax.Array, update: jax.Array) -> jax.Array:
+    def apply(path: tuple[Any, ...], weight: jax.Array, update: jax.Array) -> jax.Array:
         if weight.dtype != jnp.bfloat16:
             return jnp.asarray(weight + update).astype(weight.dtype)
         total = weight.astype(jnp.float32) + update.astype(jnp.float32)
-        return to_bfloat16(total, dithering(total.shape, count))
+        seed = zlib.crc32(jax.tree_util.keystr(path).encode())
+        return to_bfloat16(total, dithering(total.shape, count, seed=seed, layer=layer))
 
-    return jax.tree.map(apply, params, updates)
+    return jax.tree_util.tree_map_with_path(apply, params, updates)
 
 
 def to_bfloat16(array: jax.Array, noise: jax.Array) -> jax.Array:

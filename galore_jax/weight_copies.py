@@ -15,9 +15,8 @@ import jax.numpy as jnp
 import optax
 from jax.extend.core import Var
 
-from galore_jax import projection
+from galore_jax.projection import MatrixSpec, on_matrices, rotate
 from galore_jax.weight_decay import note_tangent, replaced
-from galore_jax.weights import MatrixSpec, low_rank_gradient, on_matrices
 
 _COPIES = frozenset({"copy", "copy_p", "convert_element_type"})
 
@@ -36,12 +35,9 @@ class WeightCopies:
     copies: dict[int, int]
     derived: frozenset[int]
 
-    def __bool__(self) -> bool:
-        """Whether the state is made from the weights at all."""
-        return bool(self.copies or self.derived)
-
     def follow(
         self,
+        due: bool | jax.Array,
         init: Callable[[optax.Params], optax.OptState],
         state: optax.OptState,
         params: optax.Params | None,
@@ -49,46 +45,58 @@ class WeightCopies:
         specs: Any,
         scale: Any,
         count: jax.Array,
-    ) -> tuple[optax.Params, optax.OptState]:
+    ) -> optax.OptState:
         """Moves the copies to new projectors; before the first update, makes what is derived.
 
         Args:
+          due: whether the projectors are new, a bool or () bool.
           init: the optimizer's ``init``.
           state: the optimizer's state.
           params: the whole weights.
-          projectors: the old and the new projectors, decoded, trees of the params' structure.
+          projectors: the old and the new projectors, trees of the params' structure.
           specs: a tree of ``MatrixSpec`` and None.
           scale: GaLore's factor on updates.
           count: the number of updates so far, () int32.
 
         Returns:
-          The params that the optimizer sees, and its state.
+          The optimizer's new state.
 
         Raises:
           ValueError: params that are None.
         """
         if params is None:
             raise ValueError("the optimizer keeps copies of the weights: update needs the params")
-
-        def see(spec: MatrixSpec, weight: jax.Array, projector: Any) -> jax.Array:
-            low = low_rank_gradient(spec, weight, projector)
-            return (low / scale).astype(low.dtype)
-
-        old_params, low_params = (on_matrices(see, specs, params, p) for p in projectors)
+        if due is False:
+            return state
         arrays, treedef = jax.tree.flatten(state)
-        before, like = jax.tree.flatten(old_params)
-        after, old, new, spec = map(like.flatten_up_to, (low_params, *projectors, specs))
-        for position, i in self.copies.items():
-            copy = arrays[position]
-            is_same = jax.tree.map(_is_same, old[i], new[i])
-            moved = projection.rotate(copy - before[i], old[i], new[i], spec[i].side) + after[i]
-            keep = functools.reduce(jnp.logical_and, jax.tree.leaves(is_same))
-            arrays[position] = jnp.where(keep, copy, moved.astype(copy.dtype))
-        if self.derived:
-            first = jax.tree.leaves(init(low_params))
-            for position in self.derived:
-                arrays[position] = jnp.where(count == 0, first[position], arrays[position])
-        return low_params, treedef.unflatten(arrays)
+
+        def move(before: dict[int, jax.Array]) -> dict[int, jax.Array]:
+            see = functools.partial(seen_weight, scale)
+            old_weights, weights = (on_matrices(see, specs, params, p) for p in projectors)
+            was, like = jax.tree.flatten(old_weights)
+            spec, old, new, now = map(like.flatten_up_to, (specs, *projectors, weights))
+            first = jax.tree.leaves(init(weights)) if self.derived else []
+            after = {}
+            for position, array in before.items():
+                if position in self.derived:
+                    moved, stays = first[position], count != 0
+                else:
+                    i = self.copies[position]
+                    moved = rotate(array - was[i], old[i], new[i], spec[i].side) + now[i]
+                    stays = jax.tree.map(_is_same, old[i], new[i])
+                    stays = functools.reduce(jnp.logical_and, jax.tree.leaves(stays))
+                after[position] = jnp.where(stays, array, moved.astype(array.dtype))
+            return after
+
+        before = {i: arrays[i] for i in (*self.copies, *self.derived)}
+        after = move(before) if due is True else jax.lax.cond(due, move, lambda same: same, before)
+        return treedef.unflatten(replaced(arrays, after))
+
+
+def seen_weight(scale: Any, spec: MatrixSpec, weight: jax.Array, projector: Any) -> jax.Array:
+    """Returns ``P^T W / scale``, the weight of a leaf as an optimizer that keeps copies sees it."""
+    low = spec.to_low_rank(weight, projector)
+    return (low / scale).astype(low.dtype)
 
 
 def _is_same(old: jax.Array, new: jax.Array) -> jax.Array:
@@ -97,13 +105,16 @@ def _is_same(old: jax.Array, new: jax.Array) -> jax.Array:
 
 def find_copies(
     init: Callable[[optax.Params], optax.OptState], params: optax.Params, selected: Any
-) -> WeightCopies:
+) -> WeightCopies | None:
     """Finds what ``init`` makes from the values, not only the shapes, of the selected leaves.
 
     Args:
       init: an optimizer's.
       params: a tree of arrays or shapes.
       selected: a tree of the params' structure with None for the leaves that do not count.
+
+    Returns:
+      Where that is in the state; None where nothing is.
 
     Raises:
       ValueError: an array of a leaf's shape that is made from its values without being a copy: it
@@ -117,15 +128,13 @@ def find_copies(
     chosen = [i for i, x in enumerate(treedef.flatten_up_to(selected)) if x is not None]
     reached: set[int] = set()
 
-    def noted_state(weights: list[Any], chosen_weights: list[Any]) -> list[Any]:
-        given = replaced(weights, chosen, chosen_weights)
-        arrays = jax.tree.leaves(init(treedef.unflatten(given)))
-        return [note_tangent(x, i, reached) for i, x in enumerate(arrays)]
-
     def primals_of(*weights: Any) -> list[Any]:
-        primals = [weights[i] for i in chosen]
-        of_chosen = functools.partial(noted_state, list(weights))
-        return jax.jvp(of_chosen, (primals,), (list(map(jnp.ones_like, primals)),))[0]
+        def noted_state(seen: dict[int, Any]) -> list[Any]:
+            arrays = jax.tree.leaves(init(treedef.unflatten(replaced(weights, seen))))
+            return [note_tangent(x, i, reached) for i, x in enumerate(arrays)]
+
+        primals = {i: weights[i] for i in chosen}
+        return jax.jvp(noted_state, (primals,), (jax.tree.map(jnp.ones_like, primals),))[0]
 
     program = jax.make_jaxpr(primals_of)(*leaves).jaxpr
     source: dict[Any, int] = {program.invars[i]: i for i in chosen}
@@ -143,4 +152,4 @@ def find_copies(
             "the optimizer's state holds a function of the weights' values; only copies of "
             "the weights can follow a projector. Put that optimizer around galore(...)"
         )
-    return WeightCopies(copies, derived)
+    return WeightCopies(copies, derived) if copies or derived else None

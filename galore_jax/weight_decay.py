@@ -1,15 +1,15 @@
 """Decoupled weight decay, found in any optimizer's update by differentiation."""
 
+import functools
 import math
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import optax
 
-from galore_jax.projection import Projector, project_back
-from galore_jax.weights import MatrixSpec
+from galore_jax.projection import MatrixSpec, Projector
 
 
 def update_and_decay(
@@ -18,7 +18,7 @@ def update_and_decay(
     state: optax.OptState,
     params: optax.Params | None,
     specs: Any,
-    copies: Sequence[int] = (),
+    copies: Iterable[int] = (),
     **extra_args: Any,
 ) -> tuple[optax.Updates, Any, optax.OptState]:
     """Runs an optimizer and finds each leaf's coefficient c of decoupled weight decay.
@@ -46,7 +46,7 @@ def update_and_decay(
     >>> import jax.numpy as jnp, optax
     >>> tx = optax.with_extra_args_support(optax.adamw(1.0, weight_decay=0.25))
     >>> params = {"w": jnp.array([[1.0, 2.0]])}
-    >>> specs = {"w": MatrixSpec((1, 2), (), (0,), (1,), "left", 1)}
+    >>> specs = {"w": MatrixSpec.of_kernel((1, 2), 1)}
     >>> update_and_decay(tx, params, tx.init(params), params, specs)[1]
     {'w': Array(-0.25, dtype=float32)}
     """
@@ -54,42 +54,41 @@ def update_and_decay(
         steps, state = optimizer.update(updates, state, None, **extra_args)
         return steps, jax.tree.map(lambda _: None, steps), state
     weights, treedef = jax.tree.flatten(params)
-    spec = treedef.flatten_up_to(specs)
-    chosen = [i for i in range(len(weights)) if spec[i] is not None]
     arrays, state_treedef = jax.tree.flatten(state)
+    spec = dict(enumerate(treedef.flatten_up_to(specs)))
     reads_params: set[int] = set()
 
-    def update(chosen_weights: list[Any], copied: list[Any]) -> tuple[list[Any], Any]:
-        seen = replaced(weights, chosen, chosen_weights)
-        stored = state_treedef.unflatten(replaced(arrays, copies, copied))
-        new = optimizer.update(updates, stored, treedef.unflatten(seen), **extra_args)
-        leaves = treedef.flatten_up_to(new[0])
-        return [note_tangent(leaves[i], i, reads_params) for i in chosen], new
+    def update(seen: dict[int, Any], copied: dict[int, Any]) -> tuple[dict[int, Any], Any]:
+        shifted = treedef.unflatten(replaced(weights, seen))
+        stored = state_treedef.unflatten(replaced(arrays, copied))
+        new = optimizer.update(updates, stored, shifted, **extra_args)
+        steps = treedef.flatten_up_to(new[0])
+        return {i: note_tangent(steps[i], i, reads_params) for i in seen}, new
 
-    primals = [weights[i] for i in chosen], [arrays[i] for i in copies]
+    seen = {i: weights[i] for i in spec if spec[i] is not None}
+    primals = seen, {i: arrays[i] for i in copies}
     ones = jax.tree.map(jnp.ones_like, primals)
     _, slopes, (new_updates, new_state) = jax.jvp(update, primals, ones, has_aux=True)
+    slopes_at_zero = slopes
     if any(math.prod(spec[i].low_shape[-2:]) == 1 for i in reads_params):
         zeros = jax.tree.map(jnp.zeros_like, primals)
         _, slopes_at_zero, _ = jax.jvp(update, zeros, ones, has_aux=True)
-    else:
-        slopes_at_zero = slopes
 
     decay: list[jax.Array | None] = [None] * len(weights)
-    for i, slope, at_zero in zip(chosen, slopes, slopes_at_zero, strict=True):
-        if i in reads_params:
-            first = slope.ravel()[0]
-            is_decay = (slope == first).all()
-            if math.prod(spec[i].low_shape[-2:]) == 1:
-                is_decay &= (at_zero == first).all()
-            decay[i] = jnp.where(is_decay, first, jnp.zeros_like(first))
+    for i in sorted(reads_params):
+        first = slopes[i].ravel()[0]
+        is_decay = (slopes[i] == first).all()
+        if math.prod(spec[i].low_shape[-2:]) == 1:
+            is_decay &= (slopes_at_zero[i] == first).all()
+        decay[i] = jnp.where(is_decay, first, jnp.zeros_like(first))
     return new_updates, treedef.unflatten(decay), new_state
 
 
 def bring_back(
+    scale: Any,
+    is_new: Any,
     spec: MatrixSpec,
     step: jax.Array,
-    scale: Any,
     projector: Projector,
     decay: jax.Array | None,
     low_weight: Any,
@@ -100,9 +99,11 @@ def bring_back(
     The low-rank update holds ``c P^T W``; the decay is to be ``c W``, free of ``scale``.
 
     Args:
+      scale: the factor on the update.
+      is_new: True if the projector is known to be new. Otherwise the update of a matrix that has
+        none yet (zeros) is NaN, which no one overlooks.
       spec: how the leaf is projected.
       step: the update of the shape of R, decay included.
-      scale: the factor on the update, () or (*stack, 1, 1).
       projector: P.
       decay: c, (), or None.
       low_weight: the weight as the optimizer sees it, of the shape of R.
@@ -111,34 +112,32 @@ def bring_back(
     Returns:
       The update of the leaf's shape, in the dtype of ``step``.
     """
+    if is_new is not True:
+        for basis in jax.tree.leaves(projector):
+            step = jnp.where((basis != 0).any((-2, -1), keepdims=True), step, jnp.nan)
     if decay is None:
-        back = scale * project_back(step, projector, spec.side)
-    else:
-        back = scale * project_back(step - decay * low_weight, projector, spec.side)
-        back += decay * spec.to_matrix(weight)
-    return spec.from_matrix(back.astype(step.dtype))
+        return (scale * spec.from_low_rank(step, projector)).astype(step.dtype)
+    back = scale * spec.from_low_rank(step - decay * low_weight, projector)
+    return (back + decay * weight).astype(step.dtype)
 
 
-def replaced(values: Sequence[Any], positions: Sequence[int], new: Sequence[Any]) -> list[Any]:
+def replaced(values: Sequence[Any], new: dict[int, Any]) -> list[Any]:
     """Exchanges the values at some positions.
 
-    >>> replaced([1, 2], [1], [3])
+    >>> replaced([1, 2], {1: 3})
     [1, 3]
     """
-    by_position = dict(zip(positions, new, strict=True))
-    return [by_position.get(i, value) for i, value in enumerate(values)]
+    return list((dict(enumerate(values)) | new).values())
 
 
+@functools.partial(jax.custom_jvp, nondiff_argnums=(1, 2))
 def note_tangent(leaf: jax.Array, index: int, found: set[int]) -> jax.Array:
     """Returns the leaf as it is; its index goes to ``found`` if differentiation reaches it."""
+    del index, found
+    return leaf
 
-    @jax.custom_jvp
-    def note(leaf: jax.Array) -> jax.Array:
-        return leaf
 
-    @note.defjvp
-    def _(primals, tangents):
-        found.add(index)
-        return primals[0], tangents[0]
-
-    return note(leaf)
+@note_tangent.defjvp
+def _note(index, found, primals, tangents):
+    found.add(index)
+    return primals[0], tangents[0]

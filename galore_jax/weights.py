@@ -1,138 +1,18 @@
 """Which leaves of a tree of params are projected, along which of their axes, at which rank."""
 
-import dataclasses
-import math
 import re
 from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
 import jax.numpy as jnp
-import optax
 from jax.tree_util import DictKey, GetAttrKey
 
 from galore_jax.errors import check_rank
-from galore_jax.projection import (
-    ProjType,
-    Side,
-    effective_rank,
-    is_projected_gradient,
-    project,
-    projected_shape,
-    projected_side,
-    projector_shape,
-)
-from galore_jax.quantization import Quantized
+from galore_jax.projection import MatrixSpec, ProjType, is_projected_gradient
 
 Rank = int | Callable[[str, Any], int | None]
 Patterns = str | Sequence[str]
-
-
-@dataclasses.dataclass(frozen=True)
-class MatrixSpec:
-    """How a leaf is a matrix, or a stack of matrices, and how that is projected.
-
-    Attributes:
-      shape: the leaf's shape.
-      stack: the axes that index a stack.
-      rows: the axes that make the rows m.
-      columns: the axes that make the columns n.
-      side: the side that is projected.
-      rank: the rank r of the projection, at most m and n.
-    """
-
-    shape: tuple[int, ...]
-    stack: tuple[int, ...]
-    rows: tuple[int, ...]
-    columns: tuple[int, ...]
-    side: Side
-    rank: int
-
-    @property
-    def matrix_shape(self) -> tuple[int, ...]:
-        """(*stack, m, n)."""
-        return _matrix_shape(self.shape, self.stack, self.rows, self.columns)
-
-    @property
-    def low_shape(self) -> tuple[int, ...]:
-        """The shape of the low-rank gradient R."""
-        return projected_shape(self.matrix_shape, self.rank, self.side)
-
-    @property
-    def projector_shape(self) -> Any:
-        """The shape of the projector, see ``galore_jax.projection.projector_shape``."""
-        return projector_shape(self.matrix_shape, self.rank, self.side)
-
-    @property
-    def is_kernel(self) -> bool:
-        """Whether the last two axes are m and n, as ``galore_jax.linear`` multiplies."""
-        ndim = len(self.shape)
-        return (self.rows, self.columns) == ((ndim - 2,), (ndim - 1,))
-
-    @property
-    def axes(self) -> tuple[int | None, ...]:
-        """The leaf's axis of each axis of the matrix; None where several are joined."""
-        joined = (axes[0] if len(axes) == 1 else None for axes in (self.rows, self.columns))
-        return (*self.stack, *joined)
-
-    def to_matrix(self, leaf: jax.Array) -> jax.Array:
-        """The leaf as (*stack, m, n)."""
-        return jnp.transpose(leaf, self._order).reshape(self.matrix_shape)
-
-    def from_matrix(self, matrix: jax.Array) -> jax.Array:
-        """The leaf of a (*stack, m, n) matrix."""
-        order = self._order
-        apart = matrix.reshape(tuple(self.shape[axis] for axis in order))
-        return jnp.transpose(apart, sorted(range(len(order)), key=order.__getitem__))
-
-    @property
-    def _order(self) -> tuple[int, ...]:
-        return self.stack + self.rows + self.columns
-
-
-def on_matrices(fn: Callable[..., Any], specs: Any, tree: Any, *rest: Any) -> Any:
-    """Maps ``fn(spec, leaf, *rest)`` over the projected leaves of a tree; others stay.
-
-    >>> on_matrices(lambda spec, x: x + spec, {"a": 1, "b": None}, {"a": 2, "b": 3})
-    {'a': 3, 'b': 3}
-    """
-    pick = lambda x, spec, *more: x if spec is None else fn(spec, x, *more)  # noqa: E731
-    return jax.tree.map(pick, tree, specs, *rest, is_leaf=is_projected_gradient)
-
-
-def low_rank_gradient(spec: MatrixSpec, leaf: Any, projector: Any) -> jax.Array:
-    """Projects one leaf to R, of the shape ``spec.low_shape``; takes R itself if it has that."""
-    is_low = is_projected_gradient(leaf)
-    return leaf.low_rank if is_low else project(spec.to_matrix(leaf), projector, spec.side)
-
-
-def check_fit(specs: Any, updates: Any, projectors: Any) -> None:
-    """Raises if gradients or projectors are not as these settings have them."""
-
-    def check(gradient: Any, spec: MatrixSpec | None, projector: Any) -> None:
-        expected = optax.MaskedNode() if spec is None else spec.projector_shape
-        found = jax.tree.map(jnp.shape, projector, is_leaf=lambda x: isinstance(x, Quantized))
-        if found != expected:
-            raise ValueError(
-                "the state was made with another rank, proj_type or choice of leaves: its "
-                f"projector is {found} where these settings have {expected}"
-            )
-        if not is_projected_gradient(gradient):
-            return
-        wanted = spec and (spec.low_shape, spec.side)
-        found = (jnp.shape(gradient.low_rank), gradient.side)
-        if spec is None or found != wanted:
-            raise ValueError(
-                f"a gradient of shape {gradient.shape} comes projected to {found}, where these "
-                f"settings have {wanted or 'no projection'}"
-            )
-        if not spec.is_kernel:
-            raise ValueError(
-                f"a gradient of shape {gradient.shape} comes projected along its last two axes, "
-                "and weight_dimension_numbers names others: leave it out of kernels=..."
-            )
-
-    jax.tree.map(check, updates, specs, projectors, is_leaf=is_projected_gradient)
 
 
 def matrix_specs(
@@ -143,7 +23,6 @@ def matrix_specs(
     target_modules: Patterns | None = None,
     weight_dimension_numbers: Any = None,
     stacked_modules: Patterns | None = None,
-    must_match: bool = True,
 ) -> Any:
     """Finds how each leaf is projected.
 
@@ -152,7 +31,7 @@ def matrix_specs(
       rank: an int, or a function of a selected leaf's path (``blocks/attn/q_proj/kernel``) and the
         leaf that gives an int, or None to leave it alone.
       proj_type: see ``galore_jax.projection.projected_side``.
-      target_modules, stacked_modules, must_match: see ``projection_mask``.
+      target_modules, stacked_modules: see ``projection_mask``; they may select nothing.
       weight_dimension_numbers: None (the last two axes), ``optax.contrib.GaLoreDimensionNumbers``
         for every leaf of two axes or more, a tree of them with the params' structure and None
         for leaves to be left alone, or a function of the params that returns such a tree.
@@ -174,42 +53,31 @@ def matrix_specs(
         return params
     given = weight_dimension_numbers
     given = given(params) if callable(given) else given
-    if given is None or _are_numbers(given):
-        numbers_by_leaf = [given] * len(leaves)
-    else:
-        numbers_by_leaf = _numbers_by_leaf(given, treedef)
+    is_one = given is None or _are_numbers(given)
+    numbers_by_leaf = [given] * len(leaves) if is_one else _numbers_by_leaf(given, treedef)
     mask = projection_mask(
         params,
         "" if given is not None and target_modules is None else target_modules,
         stacked_modules=stacked_modules,
-        must_match=must_match and target_modules is not None,
+        must_match=False,
     )
     is_stacked = path_filter(stacked_modules, "stacked_modules")
-
-    def spec(path: str, leaf: Any, numbers_here: Any) -> MatrixSpec | None:
-        wanted = rank(path, leaf) if callable(rank) else rank
+    specs: list[MatrixSpec | None] = [None] * len(leaves)
+    for i, selected in enumerate(jax.tree.leaves(mask)):
+        (key_path, leaf), numbers = leaves[i], numbers_by_leaf[i]
+        if not selected or (numbers is None and given is not None):
+            continue
+        path = leaf_path(key_path)
+        wanted: Any = rank(path, leaf) if callable(rank) else rank
         if wanted is None:
-            return None
+            continue
         if callable(rank):
             check_rank(wanted, f"({path!r}, leaf)")
-        shape = tuple(leaf.shape)
-        stack, rows, columns = _axes(numbers_here, path, len(shape))
+        stack, rows, columns = _axes(numbers, path, len(leaf.shape))
         if is_stacked(path) and 0 not in stack:
-            raise ValueError(f"{numbers_here} names the first axis of {path}, which indexes layers")
-        matrix_shape = _matrix_shape(shape, stack, rows, columns)
-        side = projected_side(matrix_shape, proj_type)
-        return MatrixSpec(shape, stack, rows, columns, side, effective_rank(matrix_shape, wanted))
-
-    return treedef.unflatten(
-        [
-            spec(leaf_path(path), leaf, numbers_here)
-            if selected and (given is None or numbers_here is not None)
-            else None
-            for (path, leaf), numbers_here, selected in zip(
-                leaves, numbers_by_leaf, jax.tree.leaves(mask), strict=True
-            )
-        ]
-    )
+            raise ValueError(f"{numbers} names the first axis of {path}, which indexes layers")
+        specs[i] = MatrixSpec(tuple(leaf.shape), stack, rows, columns, proj_type, wanted)
+    return treedef.unflatten(specs)
 
 
 def projection_mask(
@@ -338,13 +206,3 @@ def _axes(value: Any, path: str, ndim: int) -> tuple[tuple[int, ...], ...]:
         raise ValueError(f"{value} names an axis of {path} twice")
     stack = tuple(axis for axis in range(ndim) if axis not in rows + columns)
     return stack, rows, columns
-
-
-def _matrix_shape(
-    shape: tuple[int, ...],
-    stack: tuple[int, ...],
-    rows: tuple[int, ...],
-    columns: tuple[int, ...],
-) -> tuple[int, ...]:
-    size = lambda axes: math.prod(shape[axis] for axis in axes)  # noqa: E731
-    return (*(shape[axis] for axis in stack), size(rows), size(columns))

@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import optax
 
 from galore_jax.memory.compile import CompiledPlan
-from galore_jax.projection import FIRST_MOMENTS
+from galore_jax.refresh import FIRST_MOMENTS
 
 # The rows of a report that are optimizer state, in the order of StateBytes.
 STATE_ROWS = ("projectors", "first moments", "second moments", "quantisation scales", "other state")

@@ -248,7 +248,8 @@ class _LayerwiseStep:
             updates, opt_state = self.tx.update(
                 grads, opt_state, params, value=loss, refresh=full and self.refresh
             )
-            params = apply_updates(params, updates, state.step, self.mode.rounding)
+            layer = 0 if index is None else index
+            params = apply_updates(params, updates, state.step, self.mode.rounding, layer=layer)
         projected = grads
         if full and self.mode.projected:
             projected = self.mode.project(grads, opt_state)

@@ -116,6 +116,17 @@ def test_noise_differs_between_the_layers_of_a_stack():
     assert not np.allclose(updates["kernel"][0], updates["kernel"][1])
 
 
+def test_an_init_that_is_a_comprehension_over_the_params():
+    # Optax's tree_map_params calls init with a placeholder, which has no items.
+    def update(updates, state, params=None):
+        state = {k: state[k] + jnp.sum(g**2) for k, g in updates.items()}
+        return {k: g / jnp.sqrt(state[k]) for k, g in updates.items()}, state
+
+    init = lambda params: {k: jnp.zeros(()) for k in params}  # noqa: E731
+    inner = optax.GradientTransformation(init, update)
+    assert_stack_equals_loop(galore(inner, rank=3, update_proj_gap=2, target_modules="ker"))
+
+
 def test_a_global_norm_before_factored_moments_is_refused_on_stacks():
     params, gradients = example(1)
     inner = optax.chain(

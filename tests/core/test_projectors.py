@@ -10,7 +10,7 @@ import pytest
 
 from galore_jax import projectors
 from galore_jax.diagnostics import captured_energy
-from galore_jax.projection import TwoSided, empty_projector
+from galore_jax.projection import MatrixSpec, TwoSided
 from galore_jax.projectors import PROJECTOR_METHODS, find_projector
 
 SIDES = ("left", "right", "both")
@@ -57,7 +57,9 @@ def find(
     method, gradient, side, rank=RANK, old=None, key=KEY, rounds=1, function=compiled_projector
 ):
     if old is None:
-        old = empty_projector(gradient.shape, rank, side, jnp.float32)
+        proj_type = "full" if side == "both" else side
+        shape = MatrixSpec.of_kernel(gradient.shape, rank, proj_type).projector_shape
+        old = TwoSided(*map(jnp.zeros, shape)) if side == "both" else jnp.zeros(shape)
     return function(
         method=method,
         gradient=gradient,

@@ -38,3 +38,19 @@ def test_every_64_counts_the_noise_covers_all_parts():
     np.testing.assert_array_equal(parts[:, 3, 5], np.arange(64))
     assert (parts == np.arange(64)[:, None, None]).all()
     assert noise.max() < 1
+
+
+def test_leaves_and_layers_have_noise_of_their_own_whether_stacked_or_one_by_one():
+    ones = lambda *shape: {"a": jnp.ones(shape, jnp.bfloat16), "b": jnp.ones(shape, jnp.bfloat16)}  # noqa: E731
+    half = jax.tree.map(lambda x: jnp.full(x.shape, 2.0**-8), ones(4, 32, 32))
+    stacked = apply_updates(ones(4, 32, 32), half, 5)
+    layer = jax.jit(
+        lambda i: apply_updates(ones(32, 32), {k: half[k][0] for k in half}, 5, layer=i)
+    )
+    for i in range(4):
+        jax.tree.map(np.testing.assert_array_equal, layer(i), {k: stacked[k][i] for k in stacked})
+    up = np.stack([np.asarray(stacked[k] > 1) for k in "ab"]).reshape(8, -1)
+    # Each goes up with probability 1/2; two that agree by chance do so in half of 1,024 values.
+    agree = (up[:, None] == up[None]).mean(axis=-1)[~np.eye(8, dtype=bool)]
+    assert agree.min() > 0.42
+    assert agree.max() < 0.58

@@ -158,6 +158,19 @@ def test_lookahead_steps_back_towards_the_slow_weights():
     close(params.fast, slow)
 
 
+def test_copies_of_weights_move_at_a_refresh_alone():
+    tx = galore(optax.contrib.schedule_free_adamw(0.1), rank=2)
+    params = {"w": tree(0)["wide"]}
+    state = tx.init(params)
+
+    def products(refresh):
+        step = lambda grads, state: tx.update(grads, state, params, refresh=refresh)  # noqa: E731
+        return str(jax.make_jaxpr(step)(params, state)).count("dot_general")
+
+    assert products(False) == 3  # P^T G, P^T W and P N
+    assert products(True) > 3
+
+
 def test_schedule_free_around_galore_averages_its_weights():
     # By hand (Defazio et al. 2024): z is trained by galore, x is the mean of the z, and gradients
     # are taken at y = (1 - b1) z + b1 x.

@@ -101,6 +101,24 @@ def test_layerwise_is_standard(method, name):
         np.testing.assert_allclose(mine["loss"], theirs["loss"], rtol=1e-5)
 
 
+def test_layerwise_rounds_each_layer_as_standard():
+    # Every weight at random, most of them by less than a bfloat16 step: other noise would show.
+    shared = {"param_dtype": "bfloat16", "param_rounding": "stochastic", "schedule__peak_lr": 1e-4}
+    weights = []
+    for updates in ("standard", "layerwise"):
+        settings_of = {"updates": updates, "projected_gradients": False, **OPTIMIZERS["adamw"]}
+        experiment = make_experiment(config_of("method=full", **{**settings_of, **shared}))
+        state = jax.jit(experiment.init)(jax.random.key(0))
+        step = jax.jit(experiment.train_steps()[False])
+        new, _ = step(state, batches(experiment.config)[0])
+        weights.append(jax.device_get(new.params))
+        assert any(
+            map(np.any, jax.tree.leaves(jax.tree.map(np.not_equal, new.params, state.params)))
+        )
+    for kernel in jax.tree.leaves(jax.tree.map(np.equal, *weights)):
+        assert kernel.mean() > 0.98
+
+
 @pytest.mark.parametrize("method", ["galore", "full"])
 def test_layerwise_muon_with_a_rate_of_the_matrices_is_standard(method):
     arg = f"method={method},optimizer=muon"
