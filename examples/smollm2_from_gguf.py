@@ -45,7 +45,10 @@ _CONTROL = 3  # the type of a special token
 
 def convert(path: Path, folder: Path) -> None:
     """Writes the folder of a GGUF file of a LLaMA with tied embeddings and SmolLM's tokenizer."""
-    reader = gguf.GGUFReader(path)
+    try:
+        reader = gguf.GGUFReader(path)
+    except ValueError as error:
+        raise UserError(f"{path} is no GGUF file: {error}") from error
 
     def field(name: str) -> Any:
         found = reader.get_field(name)

@@ -72,7 +72,7 @@ def _run(arguments: list[str]) -> None:
         prompt, begin = opened.tokenizer.encode_prompt(given.prompt), given.prompt
         stream = TextStream(opened.tokenizer, prompt)
         add, end = stream.add, stream.end
-    check_prompt(opened.config, prompt)
+    check_prompt(opened.config, prompt, given.max_tokens)
     times = []
 
     def show(token: int) -> None:

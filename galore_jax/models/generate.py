@@ -76,8 +76,8 @@ def generate(
       The new ids, with the one that ended the text.
 
     Raises:
-      UserError: an empty prompt, ids that the model lacks, or more of them than the model has
-        positions.
+      UserError: an empty prompt, ids that the model lacks, more of them than the model has
+        positions, or ``max_tokens`` less than 1.
 
     >>> config = LlamaConfig(16, 24, num_layers=2, num_heads=2, vocab_size=32)
     >>> _, params = init_params(config, jax.random.key(0))
@@ -85,9 +85,7 @@ def generate(
     3
     """
     prompt = np.asarray(prompt_ids, np.int64)
-    check_prompt(config, prompt)
-    if max_tokens < 1:
-        raise UserError(f"max_tokens is {max_tokens}; it must be at least 1")
+    check_prompt(config, prompt, max_tokens)
     end = len(prompt) + max_tokens
     room = -(-end // _CACHE_STEP) * _CACHE_STEP
     if config.max_positions is not None:
@@ -112,14 +110,18 @@ def _prompt_bucket(length: int) -> int:
     return max(1 << (length - 1).bit_length(), _SHORTEST_PROMPT)
 
 
-def check_prompt(config: LlamaConfig, prompt_ids: Sequence[int] | np.ndarray) -> None:
-    """Checks that a model can read a prompt.
+def check_prompt(
+    config: LlamaConfig, prompt_ids: Sequence[int] | np.ndarray, max_tokens: int
+) -> None:
+    """Checks that ``generate`` can do what is asked.
 
     Raises:
-      UserError: it is empty, has an id that the model lacks, or is longer than its positions.
+      UserError: as ``generate``.
 
-    >>> check_prompt(LlamaConfig(16, 24, num_layers=2, num_heads=2, vocab_size=32), [31])
+    >>> check_prompt(LlamaConfig(16, 24, num_layers=2, num_heads=2, vocab_size=32), [31], 10)
     """
+    if max_tokens < 1:
+        raise UserError(f"max_tokens is {max_tokens}; it must be at least 1")
     prompt = np.asarray(prompt_ids, np.int64)
     if prompt.ndim != 1 or not prompt.size:
         raise UserError("the prompt has no tokens; give at least one")
