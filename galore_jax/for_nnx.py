@@ -12,7 +12,9 @@ from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 
-def for_nnx(optimizer: optax.GradientTransformation) -> optax.GradientTransformationExtraArgs:
+def for_nnx(
+    optimizer: optax.GradientTransformation | optax.MultiSteps,
+) -> optax.GradientTransformationExtraArgs:
     """Lets ``flax.nnx.Optimizer`` keep a state whose arrays have other shapes than the params.
 
     ``nnx.Optimizer`` gives each array of a state the ``out_sharding`` of the param it is made from.
@@ -21,7 +23,8 @@ def for_nnx(optimizer: optax.GradientTransformation) -> optax.GradientTransforma
     array of the state is a variable with its own sharding, and keeps it through every update.
 
     Args:
-      optimizer: ``galore_jax.galore``, one of its aliases, or any other Optax optimizer.
+      optimizer: ``galore_jax.galore``, one of its aliases, any other Optax optimizer, or an
+        ``optax.MultiSteps`` of one.
 
     Returns:
       The same transformation for ``nnx.Optimizer``, and what wraps one (Tunix's ``PeftTrainer``).
@@ -41,6 +44,8 @@ def for_nnx(optimizer: optax.GradientTransformation) -> optax.GradientTransforma
     >>> optimizer.opt_state.inner_state[0].mu["kernel"].shape
     (8, 256)
     """
+    if isinstance(optimizer, optax.MultiSteps):
+        optimizer = optimizer.gradient_transformation()
     if not isinstance(optimizer, optax.GradientTransformation):
         raise TypeError(
             f"optimizer must be an optax.GradientTransformation, got {type(optimizer).__name__}"
@@ -80,7 +85,7 @@ def _nnx() -> ModuleType:
         from flax import nnx
     except ImportError as error:
         raise ImportError(
-            "galore_jax.for_nnx needs Flax, which is not installed: pip install flax"
+            "galore_jax.for_nnx needs Flax, which is not installed: pip install 'galore-jax[nnx]'"
         ) from error
     return nnx
 
