@@ -110,7 +110,7 @@ def _init_and_shardings(
             found.extend(jax.typeof(x).sharding.spec for x in jax.tree.leaves(state))
             return state
 
-        state = jax.sharding.explicit_axes(explicit_init, in_sharding=(specs,))(arrays)
+        state: Any = jax.sharding.explicit_axes(explicit_init, in_sharding=(specs,))(arrays)
         return state, [NamedSharding(mesh, spec) if spec else None for spec in found]
     state = init(arrays)
     return state, [_mesh_sharding(x) for x in jax.tree.leaves(state)]

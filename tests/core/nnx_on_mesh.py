@@ -111,11 +111,9 @@ def compare(tx, mesh, alone):
 
 def made_in_jit(tx, mesh):
     """How the state is sharded, and how its variables say so."""
-    model, optimizer = nnx.jit(lambda: make(tx, mesh))()
+    _, optimizer = nnx.jit(lambda: make(tx, mesh))()
     state = nnx.state(optimizer)
-    said = jax.tree.leaves(
-        nnx.get_partition_spec(state), is_leaf=lambda node: isinstance(node, P)
-    )
+    said = jax.tree.leaves(nnx.get_partition_spec(state), is_leaf=lambda node: isinstance(node, P))
     found = layout(state)
     return {"first": found, "said": dict(zip(found, map(list, said), strict=True))}
 

@@ -1,4 +1,4 @@
-"""The axes of kernels, found from their paths, as Tunix's, Flax's and MaxText's models have them."""
+"""The axes of kernels, found from their paths in Tunix's, Flax's and MaxText's models."""
 
 import functools
 
