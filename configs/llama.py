@@ -32,6 +32,9 @@ one card, whose hooks step at every micro-batch: for 512 sequences the blocks' i
 32 GiB, and float32 sums of the projected gradients 7.3 GiB. 4,800,000 updates are the 19.7B tokens
 of 7b; the perplexity to expect is not known.
 
+70b has the shape of LLaMA-2-70B, for the memory report of a mesh (--mesh, docs/scale_out.md), and
+7b's settings for want of others.
+
 Source: Zhao et al. 2024 (arXiv:2403.03507), sections 5.1 and 5.2 and appendix C.1; the reference's
 scripts/.
 """
@@ -52,6 +55,7 @@ ROWS = {
     "1b": (100_000, 32, 512, 200, 0.01, 0.0005),
     "7b": (150_000, 16, 1024, 500, 0.005, 0.0005),
     "7b_24gb": (4_800_000, 16, 1024, 500, 0.005, 0.0005),
+    "70b": (150_000, 16, 2048, 500, 0.005, 0.0005),
 }
 
 
@@ -71,7 +75,7 @@ def get_config(arg: str = "") -> ConfigDict:
     config.galore.rank = config.lora.rank = rank
     config.galore.update_proj_gap = gap
     config.schedule.peak_lr = full_lr if config.method == "full" else galore_lr
-    config.remat = row in ("1b", "7b", "7b_24gb")
+    config.remat = row in ("1b", "7b", "7b_24gb", "70b")
     if row == "7b":
         config.optimizer.clip_norm = 1.0
     if row == "7b_24gb":

@@ -12,6 +12,8 @@ with quiet_cuda() if sys.argv[:1] == ["-m"] else contextlib.nullcontext():
 from galore_jax.adam8bit import adamw8bit, scale_by_adam8bit
 from galore_jax.aliases import galore_adafactor, galore_adamw, galore_adamw8bit
 from galore_jax.chaining import chain
+from galore_jax.dimension_numbers import dimension_numbers
+from galore_jax.for_nnx import for_nnx
 from galore_jax.galore import GaLoreState, galore
 from galore_jax.kernels import linear
 from galore_jax.projected_grad import projected_value_and_grad
@@ -20,6 +22,8 @@ __all__ = [
     "GaLoreState",
     "adamw8bit",
     "chain",
+    "dimension_numbers",
+    "for_nnx",
     "galore",
     "galore_adafactor",
     "galore_adamw",

@@ -179,9 +179,8 @@ class MatrixSpec:
 
     @property
     def axes(self) -> tuple[int | None, ...]:
-        """The leaf's axis of each axis of the matrix; None where several are joined."""
-        joined = (axes[0] if len(axes) == 1 else None for axes in (self.rows, self.columns))
-        return (*self.stack, *joined)
+        """The leaf's axis of each axis of the matrix; where several are joined, the outermost."""
+        return (*self.stack, self.rows[0], self.columns[0])
 
     def to_matrix(self, leaf: jax.Array) -> jax.Array:
         """The leaf as (*stack, m, n)."""

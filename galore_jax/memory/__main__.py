@@ -5,21 +5,28 @@ r"""Reports where every byte of the trainer's step goes, on hardware that need n
   python -m galore_jax.memory --config=configs/llama.py:7b --target=rtx4090 --compare \
       --plot=memory.png
       AdamW, Adafactor, 8-bit Adam, LoRA and GaLore side by side, and a chart of them
+  python -m galore_jax.memory --config=configs/llama.py:70b,optimizer=adamw8bit --mesh=fsdp:8,tp:2
+      the counted bytes of one device of a mesh, for a distributed trainer of your own
 
 report flags:
   --target=NAME|FILE.toml the card; default: auto, this machine's own. Names: TARGETS
                           GPUs need the extra gpu-target, TPUs tpu-target; a card of your own is
                           a file like galore_jax/memory/targets.toml
   --compare               the methods side by side, with this model, batch and rank
+  --mesh=AXIS:SIZE,...    count weights, gradients and state of one device, and compile nothing
   --json=FILE             the numbers, for programs (docs/memory.md)
   --plot=FILE.png|.svg    a chart (extra: plot)
   --no_advice             where it does not fit, do not look for settings with which it would
 """
 
 import argparse
+import dataclasses
 import json
 import sys
 from pathlib import Path
+from typing import Any
+
+import optax
 
 from galore_jax.errors import UserError
 from galore_jax.memory import targets
@@ -54,6 +61,8 @@ def _run(argv: list[str]) -> int:
         raise UserError(f"--json={own.json}: there is no folder {own.json.parent}")
     if own.plot is not None:
         plot.check_path(own.plot)
+    if own.mesh is not None:
+        return _count_on_mesh(own, experiment)
     target = targets.find_target(own.target)
     if own.compare:
         reports, savings = compare.compare(config, target, _say)
@@ -81,9 +90,28 @@ def _run(argv: list[str]) -> int:
     return 2
 
 
+def _count_on_mesh(own: argparse.Namespace, experiment: Any) -> int:
+    from galore_jax.memory import mesh
+    from galore_jax.models.stages import LAYERS
+
+    if own.compare or own.plot is not None:
+        raise UserError("--mesh counts, and compiles nothing: leave out --compare and --plot")
+    axes, params = mesh.parse_mesh(own.mesh), experiment.abstract_state().params
+    optimizers = (experiment.optimizer, optax.adamw(0.0))
+    report, adamw = (mesh.count_on_mesh(params, tx, axes, LAYERS) for tx in optimizers)
+    print(mesh.mesh_table(report, adamw))
+    if own.json is not None:
+        own.json.write_text(
+            json.dumps({"format": 1, **dataclasses.asdict(report)}, indent=2) + "\n"
+        )
+        print(f"written: {own.json}")
+    return 0
+
+
 def _own_flags(argv: list[str]) -> tuple[argparse.Namespace, list[str]]:
     parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False, exit_on_error=False)
     parser.add_argument("--target", default="auto")
+    parser.add_argument("--mesh")
     parser.add_argument("--compare", action="store_true")
     parser.add_argument("--no_advice", action="store_true")
     parser.add_argument("--json", type=Path)

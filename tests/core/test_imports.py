@@ -75,5 +75,7 @@ def test_the_core_and_the_counting_import_jax_numpy_and_optax_alone():
     allowed = {"galore_jax", "jax", "jaxlib", "numpy", "optax", *sys.stdlib_module_names}
     for name, imports in IMPORTS.items():
         if folder(name) == "core" or (folder(name) == "memory" and name not in REPORT):
-            for other in imports:
+            # for_nnx.py asks for Flax where it is called, see test_for_nnx.py.
+            lazy = {"flax"} if name == "galore_jax.for_nnx" else set()
+            for other in imports - lazy:
                 assert other.split(".")[0] in allowed, f"{name} imports {other}"
