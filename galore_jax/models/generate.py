@@ -93,6 +93,7 @@ def generate(
         end, room = min(end, config.max_positions + 1), min(room, config.max_positions)
     padded = np.zeros((1, min(_prompt_bucket(len(prompt)), room)), np.int32)
     padded[0, : len(prompt)] = prompt
+    params = jax.device_put(params)  # once, where they are NumPy's
     cache, key = empty_cache(config, 1, room), jax.random.key(sampling.seed)
     choose = dataclasses.replace(sampling, seed=0)  # no program for each seed
     token, cache = _next_token(config, choose, params, padded, cache, 0, len(prompt), key)

@@ -32,6 +32,7 @@ _ONLY = {
     "hidden_act": ("silu", "swish", None),
     "quantization_config": (None,),
     "sliding_window": (None,),
+    "rope_interleaved": (False, None),
 }
 _ROPE_SCALING = {
     "factor": "factor",
@@ -69,6 +70,8 @@ def read_config(folder: Path) -> LlamaConfig:
     path = folder / "config.json"
     values = read_json(path)
     kind, architectures = values.get("model_type"), values.get("architectures") or [_ARCHITECTURE]
+    if kind is None and "architectures" not in values:
+        raise UserError(f"{path} names no model_type: it is not of a Hugging Face model")
     if kind != "llama" or architectures != [_ARCHITECTURE]:
         named = architectures if kind == "llama" or "architectures" in values else [kind]
         raise UserError(

@@ -40,8 +40,9 @@ def run(*arguments):
 
 
 @pytest.fixture(scope="module")
-def seen():
-    done = run(pathlib.Path(__file__).parent / "tunix_on_mesh.py")
+def seen(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("checkpoints")
+    done = run(pathlib.Path(__file__).parent / "tunix_on_mesh.py", folder)
     assert done.returncode == 0, done.stderr[-3000:]
     found, not_saved = map(json.loads, done.stdout.splitlines()[-2:])
     return {**found, "not saved": not_saved}

@@ -6,7 +6,6 @@ import math
 import os
 import re
 import sys
-import tempfile
 import warnings
 from pathlib import Path
 
@@ -44,10 +43,9 @@ def compare(kind, mesh):
     return {"losses": losses, "gap": gap, "layout": example.layout(trainer)}
 
 
-def stopped_and_resumed(kind, mesh):
-    with tempfile.TemporaryDirectory() as folder:
-        first, _ = train(kind, mesh, STOP, Path(folder))
-        second, trainer = train(kind, mesh, STEPS, Path(folder))
+def stopped_and_resumed(kind, mesh, folder):
+    first, _ = train(kind, mesh, STOP, folder)
+    second, trainer = train(kind, mesh, STEPS, folder)
     return {"losses": [first, second], "layout": example.layout(trainer)}
 
 
@@ -82,10 +80,10 @@ def collectives(optimizer, mesh, **refresh):
     return found
 
 
-def main():
+def main(folder):
     mesh = example.make_mesh((4, 2))
     seen = {name: compare(kind, mesh) for name, kind in KINDS.items()}
-    seen["resumed"] = stopped_and_resumed(KINDS["8 bits"], mesh)
+    seen["resumed"] = stopped_and_resumed(KINDS["8 bits"], mesh, folder / "galore")
     contrib = example.make_optimizer("optax_galore")
     seen["optax galore"] = failure(contrib, mesh, None)
     tx = example.make_optimizer("galore_adamw")
@@ -96,10 +94,9 @@ def main():
     }
     print(json.dumps(seen), flush=True)
     # Last, because what Orbax has begun to save outlives the error.
-    with tempfile.TemporaryDirectory() as folder:
-        print(json.dumps(failure(galore_jax.for_nnx(contrib), mesh, Path(folder))), flush=True)
+    print(json.dumps(failure(galore_jax.for_nnx(contrib), mesh, folder / "contrib")), flush=True)
     os._exit(0)
 
 
 if __name__ == "__main__":
-    main()
+    main(Path(sys.argv[1]))

@@ -271,6 +271,8 @@ def test_buffers_of_old_versions_are_no_surplus(tmp_path):
         ({"architectures": ["MistralForCausalLM"], "model_type": "mistral"}, "MistralForCausalLM"),
         ({"architectures": None, "model_type": "gemma"}, "is a gemma of model_type 'gemma'"),
         ({"architectures": ["LlamaModel"]}, "is a LlamaModel of model_type 'llama'"),
+        ({"architectures": None, "model_type": None}, "config.json names no model_type"),
+        ({"rope_interleaved": True}, "rope_interleaved is true"),
         ({"attention_bias": True}, "attention_bias is true; only false is supported"),
         ({"mlp_bias": True}, "mlp_bias is true"),
         ({"hidden_act": "gelu"}, 'hidden_act is "gelu"; only "silu"'),
