@@ -19,7 +19,7 @@ from typing import Any, Literal, NamedTuple, get_args
 import jax
 import jax.numpy as jnp
 
-from galore_jax.quantization import dequantize, is_quantized
+from galore_jax.quantization import FirstMoment, Quantized, dequantize
 
 ProjType = Literal["std", "reverse_std", "left", "right", "full"]
 Side = Literal["left", "right", "both"]
@@ -221,8 +221,9 @@ def dense(tree: Any) -> Any:
     >>> dense(jnp.eye(2)).shape
     (2, 2)
     """
-    decode = lambda node: dequantize(node) if is_quantized(node) else node  # noqa: E731
-    return jax.tree.map(decode, tree, is_leaf=is_quantized)
+    is_codes = lambda node: isinstance(node, Quantized | FirstMoment)  # noqa: E731
+    decode = lambda node: dequantize(node) if is_codes(node) else node  # noqa: E731
+    return jax.tree.map(decode, tree, is_leaf=is_codes)
 
 
 def project(matrix: jax.Array, projector: Projector, side: Side) -> jax.Array:

@@ -120,7 +120,8 @@ def _refreshed(method, spec, rounds, traced_rounds, key, gradient, stored, momen
             is_empty &= (array == 0).all()
 
         def keep_or(before: Any, new: Any) -> Any:
-            new = quantize_like(before, new)
+            if isinstance(before, Quantized | FirstMoment):
+                new = quantize_like(before, new)
             take = lambda a, b: jnp.where(is_usable | is_empty, a.astype(b.dtype), b)  # noqa: E731
             return jax.tree.map(take, new, before)
 
