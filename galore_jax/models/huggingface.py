@@ -82,7 +82,7 @@ def load(
     for path, shape in leaves.items():
         names = _tensor_names(path, config.num_layers)
         stored = {files.specs[name].dtype for name in names}
-        if len(stored) > 1:
+        if dtype is None and len(stored) > 1:
             raise UserError(f"{folder}: {names[0]} has another dtype than the same of other layers")
         array = _aligned(shape, np.dtype(dtype) if dtype is not None else stored.pop())
         stack = array if path[0] == "blocks" else array[None]

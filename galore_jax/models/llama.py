@@ -12,7 +12,7 @@ from galore_jax.errors import UserError
 from galore_jax.kernels import linear
 from galore_jax.models.attention import Cache, causal_attention, rotary
 from galore_jax.models.config import LlamaConfig
-from galore_jax.models.embedding import embed
+from galore_jax.models.layers import MLP, Embedding, Linear, RMSNorm, value_of
 from galore_jax.models.losses import cross_entropy
 from galore_jax.models.stages import Stage, Stages
 
@@ -29,57 +29,6 @@ class Predictions(NamedTuple):
 
     hidden: jax.Array
     head: Any
-
-
-def _normal(config: LlamaConfig, rngs: nnx.Rngs, shape: tuple[int, ...]) -> nnx.Param:
-    # Drawn in float32: JAX's bfloat16 normals have few distinct values and no tails.
-    sample = config.init_std * jax.random.normal(rngs.params(), shape, jnp.float32)
-    return nnx.Param(sample.astype(config.param_dtype))
-
-
-def _value(variable: nnx.Variable) -> Any:
-    # Flax 0.12 deprecates `.value`; 0.11 has nothing else that also gives a pytree.
-    return variable.get_value() if hasattr(nnx.Variable, "get_value") else variable.value
-
-
-class Embedding(nnx.Module):
-    """A table of ``vocab_size`` rows; ids outside it give NaN rather than a wrong row."""
-
-    def __init__(self, config: LlamaConfig, *, rngs: nnx.Rngs):
-        self.embedding = _normal(config, rngs, (config.vocab_size, config.hidden_size))
-        self.dtype = config.dtype
-
-    def __call__(self, tokens: jax.Array) -> jax.Array:
-        """Rows (..., D) in the compute dtype for ids (...)."""
-        return embed(_value(self.embedding), tokens, self.dtype)
-
-
-class Linear(nnx.Module):
-    """A kernel of shape ``(in, out)`` and no bias."""
-
-    def __init__(self, config: LlamaConfig, in_size: int, out_size: int, *, rngs: nnx.Rngs):
-        self.kernel = _normal(config, rngs, (in_size, out_size))
-
-    def __call__(self, x: jax.Array) -> jax.Array:
-        """(..., in) to (..., out)."""
-        return linear(x, _value(self.kernel))
-
-
-class RMSNorm(nnx.Module):
-    r"""$s\, x / \sqrt{\operatorname{mean}(x^2) + \epsilon}$, computed in float32.
-
-    Root-mean-square norm (Zhang and Sennrich 2019, arXiv:1910.07467).
-    """
-
-    def __init__(self, config: LlamaConfig):
-        self.scale = nnx.Param(jnp.ones((config.hidden_size,), config.param_dtype))
-        self.eps = config.rms_norm_eps
-
-    def __call__(self, x: jax.Array) -> jax.Array:
-        """(..., D) to (..., D) in the dtype of ``x``."""
-        wide = x.astype(jnp.float32)
-        inverse = jax.lax.rsqrt(jnp.mean(jnp.square(wide), axis=-1, keepdims=True) + self.eps)
-        return (wide * inverse * _value(self.scale).astype(jnp.float32)).astype(x.dtype)
 
 
 class Attention(nnx.Module):
@@ -123,20 +72,6 @@ class Attention(nnx.Module):
         implementation = self.config.attention_implementation
         heads = causal_attention(query, key, value, implementation, positions)
         return self.o_proj(heads.reshape(*heads.shape[:2], -1))
-
-
-class MLP(nnx.Module):
-    """SwiGLU: ``down(silu(gate(x)) * up(x))`` (Shazeer 2020, arXiv:2002.05202)."""
-
-    def __init__(self, config: LlamaConfig, *, rngs: nnx.Rngs):
-        width, inner = config.hidden_size, config.intermediate_size
-        self.gate_proj = Linear(config, width, inner, rngs=rngs)
-        self.up_proj = Linear(config, width, inner, rngs=rngs)
-        self.down_proj = Linear(config, inner, width, rngs=rngs)
-
-    def __call__(self, x: jax.Array) -> jax.Array:
-        """(..., D) to (..., D)."""
-        return self.down_proj(jax.nn.silu(self.gate_proj(x)) * self.up_proj(x))
 
 
 class Block(nnx.Module):
@@ -200,8 +135,8 @@ class Llama(nnx.Module):
     def head(self) -> Any:
         """The head's kernel, (D, V)."""
         if self.config.tie_embeddings:
-            return _value(self.embed.embedding).T
-        return _value(self.lm_head.kernel)
+            return value_of(self.embed.embedding).T
+        return value_of(self.lm_head.kernel)
 
     def hidden_states(self, tokens: jax.Array, positions: jax.Array | None = None) -> jax.Array:
         """Computes the last block's output, normalised.

@@ -85,6 +85,45 @@ def test_data_that_json_changes_is_not_taken_for_damage(tmp_path):
     assert restore(tmp_path).data == {"at": {"2": [1, 2], "10": "é"}}
 
 
+def test_a_part_is_read_without_the_rest(tmp_path):
+    save_steps(tmp_path, 1, 2)
+    with Checkpoints(tmp_path, read_only=True) as checkpoints:
+        for step, found in ((None, 2), (1, 1)):
+            restored = checkpoints.restore_part("params", step)
+            assert restored is not None
+            assert (restored.step, restored.data) == (found, {"position": found})
+            assert_bit_equal(restored.state, make_state(found)["params"])
+        with pytest.raises(
+            UserError, match=r"no checkpoint of step 3; it has those of steps \[1, 2\]"
+        ):
+            checkpoints.restore_part("params", 3)
+
+
+def test_a_part_of_a_damaged_checkpoint(tmp_path):
+    save_steps(tmp_path, 1, 2)
+    for path in (tmp_path / "2" / "leaves").iterdir():
+        path.write_text("{")
+    warnings = []
+    with Checkpoints(tmp_path, read_only=True, warn=warnings.append) as checkpoints:
+        with pytest.raises(UserError, match=r"the checkpoint of step 2 in .* is damaged"):
+            checkpoints.restore_part("params", 2)
+        assert not warnings
+        restored = checkpoints.restore_part("params")
+        assert restored is not None
+        assert restored.step == 1
+        assert len(warnings) == 1
+
+
+def test_to_read_nothing_is_made_or_removed(tmp_path):
+    with Checkpoints(tmp_path / "new", read_only=True) as checkpoints:
+        assert checkpoints.restore_part("params") is None
+    assert not (tmp_path / "new").exists()
+    partial = tmp_path / "3.orbax-checkpoint-tmp"
+    partial.mkdir()
+    with Checkpoints(tmp_path, read_only=True):
+        assert partial.exists()
+
+
 def test_empty_folder_has_nothing_to_restore(tmp_path):
     assert restore(tmp_path / "new") is None
 
