@@ -19,3 +19,7 @@ def compiled_programs(tmp_path_factory):
         jax.config.update("jax_compilation_cache_dir", folder)
         yield
         jax.config.update("jax_compilation_cache_dir", None)
+
+
+# They are programs of their own, and the second needs google-tunix.
+collect_ignore = ["core/nnx_on_mesh.py", "examples/tunix_on_mesh.py"]

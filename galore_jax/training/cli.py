@@ -186,9 +186,10 @@ def _override(config: Any, key: str, text: str, configs: Path) -> None:
             raise UserError(
                 f"--config.{key} is a section: set its keys, as in --config.{key}.KEY=VALUE"
             )
-        near = difflib.get_close_matches(key, values, n=1)
-        near += [known for known in values if known.split(".")[-1] == key.split(".")[-1]]
-        hint = f"did you mean --config.{near[0]}?" if near else "--help lists the keys"
+        near = [known for known in values if known.split(".")[-1] == key.split(".")[-1]]
+        near = near or difflib.get_close_matches(key, values, n=1)
+        named = " or ".join(f"--config.{known}" for known in near)
+        hint = f"did you mean {named}?" if near else "--help lists the keys"
         raise UserError(f"--config.{key} is no config key; {hint}")
     section = config
     for name in key.split(".")[:-1]:

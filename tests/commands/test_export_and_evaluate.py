@@ -23,6 +23,20 @@ from galore_jax.training.saved_run import open_run
 TINY = ["--config.eval_tokens=200", "--config.micro_batch_size=2", "--config.data.seq_len=16"]
 
 
+@pytest.fixture(scope="module")
+def run(tmp_path_factory):
+    workdir = tmp_path_factory.mktemp("commands") / "run"
+    train(tiny_config(), workdir)
+    return workdir
+
+
+@pytest.fixture(scope="module")
+def exported(run):
+    folder = run.parent / "exported"
+    assert export.main(["export", f"--workdir={run}", f"--to={folder}"]) == 0
+    return folder
+
+
 def evaluations(workdir):
     return [line["eval_loss"] for line in read_metrics(workdir) if "eval_loss" in line]
 

@@ -11,7 +11,7 @@ from small_c4 import read_texts
 from galore_jax.data import sample
 from galore_jax.data.batches import DataConfig, TextData
 from galore_jax.data.c4 import find_c4
-from galore_jax.data.tokenizer import Tokenizer
+from galore_jax.data.tokenizer import open_tokenizer
 from galore_jax.errors import UserError
 
 
@@ -38,7 +38,7 @@ def test_it_is_prose_without_markup(paragraphs):
 
 
 def test_tokenizer(sample_paths):
-    tokenizer = Tokenizer(sample_paths[1])
+    tokenizer = open_tokenizer(sample_paths[1])
     assert (tokenizer.vocab_size, tokenizer.pad_id, tokenizer.eos_id) == (8192, 0, 1)
     text = "Returns a list of the objects in a bucket."
     ids = tokenizer.encode(text)
@@ -86,7 +86,7 @@ def test_killed_and_built_twice_at_once(tmp_path):
     assert [process.wait() for process in both] == [0, 0]
     (folder,) = (path for path in tmp_path.iterdir() if "partial" not in path.name)
     assert len(read_texts(find_c4(str(folder)), "validation")) > 100
-    assert Tokenizer(folder / "tokenizer.model").vocab_size == sample.VOCAB_SIZE
+    assert open_tokenizer(folder / "tokenizer.model").vocab_size == sample.VOCAB_SIZE
 
 
 def test_near_duplicates_of_training_paragraphs_are_not_held_out():

@@ -25,7 +25,7 @@ def optimizer_of(config):
         ("galore.scale", 0.0, "must be greater than 0"),
         ("galore.projector_bits", 2, "must be None or 8 or 4"),
         ("param_rounding", "stochastc", "must be nearest or stochastic; did you mean stochastic"),
-        ("method", "ful", "must be galore or full; did you mean full"),
+        ("method", "ful", "must be galore or full or .*; did you mean full"),
         ("batch_size", 3, r"config\.batch_size=3 must be a multiple of .*micro_batch_size=2"),
         ("train_steps", 0, "must be at least 1"),
         ("log_every_steps", 0, "must be at least 1"),

@@ -2,6 +2,7 @@
 
 import shutil
 
+import pytest
 from tiny import tiny_config
 
 from galore_jax.training import loop
@@ -22,6 +23,7 @@ def config():
     )
 
 
+@pytest.mark.slow
 def test_a_run_resumed_from_a_checkpoint_is_the_same_bit_for_bit(tmp_path, capsys):
     # Codes, scales and int4 bases on disk; the dither and the rounding follow the step alone.
     loop.train(config(), tmp_path / "run")

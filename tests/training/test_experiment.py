@@ -89,7 +89,13 @@ def plainest(method, name):
     )
 
 
-@pytest.mark.parametrize("name", OPTIMIZERS)
+@pytest.mark.parametrize(
+    "name",
+    [
+        pytest.param(name, marks=[] if name in ("adamw", "adamw8bit") else pytest.mark.slow)
+        for name in OPTIMIZERS
+    ],
+)
 @pytest.mark.parametrize("method", ["galore", "full"])
 def test_layerwise_is_standard(method, name):
     arg = f"method={method},optimizer={name}"
@@ -119,6 +125,7 @@ def test_layerwise_rounds_each_layer_as_standard():
         assert kernel.mean() > 0.98
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("method", ["galore", "full"])
 def test_layerwise_muon_with_a_rate_of_the_matrices_is_standard(method):
     arg = f"method={method},optimizer=muon"

@@ -160,7 +160,11 @@ STOCHASTIC = {"param_dtype": "bfloat16", "param_rounding": "stochastic"}
         ("optimizer=adamw8bit", {"updates": "layerwise", "galore__projector_bits": 4}),
         ("method=full,optimizer=adafactor", {"updates": "layerwise"}),
         ("method=lora,optimizer=adamw8bit", {"lora__rank": 4, "lora__dropout": 0.5}),
-        ("method=relora", {"lora__rank": 4, "relora__merge_every_steps": 9}),
+        pytest.param(
+            "method=relora",
+            {"lora__rank": 4, "relora__merge_every_steps": 9},
+            marks=pytest.mark.slow,
+        ),
         ("method=low_rank", {"lora__rank": 4}),
     ],
 )

@@ -40,7 +40,7 @@ def test_the_first_loss_is_that_of_the_frozen_model():
     np.testing.assert_allclose(*losses, rtol=1e-6)
 
 
-@pytest.mark.parametrize("optimizer", ["adamw", "adamw8bit", "adafactor"])
+@pytest.mark.parametrize("optimizer", ["adamw8bit", "adafactor"])
 def test_frozen_weights_stay_and_have_no_state(optimizer):
     experiment = make_experiment(config_of("lora", optimizer__name=optimizer))
     state = experiment.first_state()
@@ -57,6 +57,7 @@ def test_frozen_weights_stay_and_have_no_state(optimizer):
     assert (before.params["embed"]["embedding"] != state.params["embed"]["embedding"]).any()
 
 
+@pytest.mark.slow
 def test_micro_batches_make_the_gradient_of_the_whole_batch():
     params = []
     for micro in (4, 2):
@@ -84,7 +85,7 @@ def test_dropout_differs_from_update_to_update_and_is_not_in_evaluation():
     assert held_out == pytest.approx(float(plain), rel=1e-5)
 
 
-@pytest.mark.parametrize("optimizer", ["adamw", "adamw8bit"])
+@pytest.mark.parametrize("optimizer", ["adamw8bit"])
 def test_a_merge_keeps_the_function_and_prunes_moments(optimizer):
     experiment = make_experiment(config_of("relora", optimizer__name=optimizer))
     state, batch = experiment.first_state(), batch_of(experiment)
@@ -127,7 +128,7 @@ def test_low_rank_at_full_rank_can_be_any_matrix():
     assert (np.linalg.matrix_rank(np.asarray(merge({"w": kernel})["w"])) == 16).all()
 
 
-@pytest.mark.parametrize("method", ["lora", "relora", "low_rank"])
+@pytest.mark.parametrize("method", ["lora", "low_rank"])
 def test_a_run_is_opened_merged(method, tmp_path):
     train(config_of(method, train_steps=6, checkpoint_every_steps=0), tmp_path / "run")
     run = open_run(tmp_path / "run")
@@ -137,6 +138,7 @@ def test_a_run_is_opened_merged(method, tmp_path):
     assert jnp.isfinite(apply(graphdef, run.params).logits(tokens)).all()
 
 
+@pytest.mark.slow
 def test_factors_have_a_rate_of_their_own():
     updates = []
     for scale in (1.0, 0.5):
