@@ -114,9 +114,12 @@ def scale_by_adam8bit(
                     g, dequantize_in_blocks(FirstMoment(mu, nu)), dequantize_in_blocks(nu)
                 )
 
+            # New moments are computed again for each scale, and after both are known.
+            _, _, nu = new_moments(gradient, old_mu, old_nu)
+            operands = block_scales(nu, "adaptive_root"), gradient, old_mu, old_nu
+            nu_scales, gradient, old_mu, old_nu = jax.lax.optimization_barrier(operands)
             _, mu, nu = new_moments(gradient, old_mu, old_nu)
-            scales = block_scales(ratio_to_root(mu, nu), "ratio"), block_scales(nu, "adaptive_root")
-            # New moments are computed again after their scales are known.
+            scales = block_scales(ratio_to_root(mu, nu), "ratio"), nu_scales
             operands = scales, gradient, old_mu, old_nu
             scales, gradient, old_mu, old_nu = jax.lax.optimization_barrier(operands)
             g, mu, nu = new_moments(gradient, old_mu, old_nu)

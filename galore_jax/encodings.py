@@ -66,13 +66,16 @@ def block_scales(blocks: jax.Array, encoding: Encoding) -> jax.Array:
     >>> block_scales(jnp.array([0.0, -8.0, 2.0]).reshape(1, 1, 1, 3), "int8").tolist()
     [[8.0]]
     """
-    blocks = jnp.abs(_coded(blocks, encoding))
+    # Roots of the extremes alone: roots of all would be kept for their several uses.
+    is_root = encoding == "adaptive_root"
+    blocks = jnp.abs(jnp.where(blocks < 0, jnp.nan, blocks) if is_root else blocks)
     # The bits of magnitudes are ordered as they are, NaN last: XLA's maximum of floats may lose it.
-    scales = _floats(_bits(blocks).max(axis=(-3, -1)))
+    largest = _floats(_bits(blocks).max(axis=(-3, -1)))
+    scales = jnp.sqrt(largest) if is_root else largest
     scales = jnp.where(scales < _TINY, 0, jnp.where(scales < jnp.inf, scales, jnp.nan))
     if encoding in _LEVELS:
         return scales
-    smallest = jnp.where(blocks > 0, blocks, jnp.inf).min(axis=(-3, -1))
+    smallest = jnp.sqrt(jnp.where(blocks > 0, blocks, jnp.inf).min(axis=(-3, -1)))
     reach = (_ONE - _bits(jnp.clip(smallest / scales, 0, 1))).astype(jnp.float32)
     step = jnp.maximum(reach / ((_TOP - 1) * _FINEST), 1)
     # Floats with four bits after the point have bits in equal steps of 2**19.
