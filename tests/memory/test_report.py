@@ -220,11 +220,11 @@ def test_plot_needs_a_known_ending(tmp_path):
 
 @pytest.mark.parametrize(
     ("updates", "projected", "most"),
-    [("standard", False, 49.3), ("standard", True, 36.9), ("layerwise", True, 27.4)],
+    [("standard", False, 49.3), ("standard", True, 36.9), ("layerwise", True, 35.3)],
 )
 def test_compiled_temporaries_do_not_grow(updates, projected, most):
     # MiB on a CPU, measured with jaxlib 0.10.2; 5 % for other versions' scheduling. The first was
-    # 42.1 with coarser 8-bit states.
+    # 42.1 and the last 27.4 with coarser 8-bit states.
     config = tiny_config(
         "optimizer=adamw8bit",
         updates=updates,
