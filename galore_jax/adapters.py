@@ -131,9 +131,9 @@ def add_lora(
     def node(kernel: jax.Array, key: jax.Array) -> LoRAKernel:
         *stack, m, n = kernel.shape
         r = min(rank, m, n)
-        a = jax.random.uniform(key, (*stack, m, r), jnp.float32, -(m**-0.5), m**-0.5)
+        a = _draw_a(key, (*stack, m, r), kernel.dtype)
         b = jnp.zeros((*stack, r, n), kernel.dtype)
-        return LoRAKernel(kernel, a.astype(kernel.dtype), b, scale=alpha / rank, dropout=dropout)
+        return LoRAKernel(kernel, a, b, scale=alpha / rank, dropout=dropout)
 
     return _map_kernels(node, params, key, target_modules, stacked_modules)
 
@@ -207,11 +207,8 @@ def restart(params: Any, key: jax.Array) -> Any:
     def again(node: Any, key: jax.Array) -> Any:
         if not isinstance(node, LoRAKernel):
             return node
-        bound = node.a.shape[-2] ** -0.5
-        a = jax.random.uniform(key, node.a.shape, jnp.float32, -bound, bound)
-        return dataclasses.replace(
-            node, kernel=merge(node), a=a.astype(node.a.dtype), b=jnp.zeros_like(node.b)
-        )
+        a = _draw_a(key, node.a.shape, node.a.dtype)
+        return dataclasses.replace(node, kernel=merge(node), a=a, b=jnp.zeros_like(node.b))
 
     keys = jax.random.split(key, len(leaves))
     return treedef.unflatten(map(again, leaves, keys))
@@ -259,6 +256,11 @@ def with_trainable(params: Any, trained: Any, dropout_key: jax.Array | None = No
             )
         nodes.append(node)
     return treedef.unflatten(nodes)
+
+
+def _draw_a(key: jax.Array, shape: tuple[int, ...], dtype: Any) -> jax.Array:
+    bound = shape[-2] ** -0.5
+    return jax.random.uniform(key, shape, jnp.float32, -bound, bound).astype(dtype)
 
 
 def _map_kernels(
