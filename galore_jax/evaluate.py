@@ -37,7 +37,7 @@ from galore_jax.models.config import LlamaConfig
 from galore_jax.models.llama import Params, stages
 from galore_jax.training.cli import find_configs, parse
 from galore_jax.training.config import check_config
-from galore_jax.training.evaluation import HeldOut, evaluate
+from galore_jax.training.evaluation import HeldOut, bytes_of_tokens, evaluate
 from galore_jax.training.experiment import make_task
 from galore_jax.training.progress import format_count, format_duration
 from galore_jax.training.saved_run import is_run, open_model, read_run_config
@@ -69,18 +69,19 @@ def _run(arguments: list[str]) -> None:
         raise UserError(f"--workdir={folder} is no run; for a Hugging Face folder give --model")
     config = _config(folder, settings)
     model, params, _ = open_model(folder, given.step, dtype=given.dtype, tokenizer=False)
-    found = _evaluate(config, model, params)
+    found, text_bytes = _evaluate(config, model, params)
+    bits = found.bits_per_byte(text_bytes)
     numbers = {"loss": found.loss, "perplexity": found.perplexity}
-    numbers |= {"bits_per_byte": found.bits_per_byte, "targets": found.targets}
-    numbers |= {"text_bytes": found.text_bytes, "model": str(folder), "data": config.data.to_dict()}
+    numbers |= {"bits_per_byte": bits, "targets": found.targets}
+    numbers |= {"text_bytes": text_bytes, "model": str(folder), "data": config.data.to_dict()}
     as_json = json.dumps(numbers, indent=2)
     if given.json == "-":
         print(as_json)
         return
     print(
         f"loss {found.loss:.4f} nats a token, perplexity {found.perplexity:.2f}, "
-        f"{found.bits_per_byte:.4f} bits per byte, over {format_count(found.targets)} tokens and "
-        f"{format_count(found.text_bytes)} bytes of held-out text"
+        f"{bits:.4f} bits per byte, over {format_count(found.targets)} tokens and "
+        f"{format_count(text_bytes)} bytes of held-out text"
     )
     if given.json is not None:
         Path(given.json).write_text(as_json + "\n")
@@ -100,13 +101,8 @@ def _config(folder: Path, settings: list[str]) -> Any:
     return config
 
 
-def _evaluate(config: Any, model: LlamaConfig, params: Params) -> HeldOut:
-    most = model.max_positions
-    if most is not None and config.data.seq_len > most:
-        raise UserError(
-            f"config.data.seq_len={config.data.seq_len} must be at most {most}, the positions of "
-            "the model"
-        )
+def _evaluate(config: Any, model: LlamaConfig, params: Params) -> tuple[HeldOut, int]:
+    """Returns the evaluation and the bytes of its targets."""
     task = make_task(config, model)
     data = task.open_data()
     step = jax.jit(make_eval_step(stages(model), task))
@@ -124,7 +120,7 @@ def _evaluate(config: Any, model: LlamaConfig, params: Params) -> HeldOut:
     sizes = {"batch_size": config.micro_batch_size, "most_targets": config.eval_tokens}
     found = evaluate(step, params, task, data, **sizes, progress=progress)
     assert found is not None  # nothing stops it
-    return found
+    return found, int(found.token_counts @ bytes_of_tokens(data.tokenizer))
 
 
 if __name__ == "__main__":

@@ -1,6 +1,7 @@
 """Tokenizers: SentencePiece models, and the ``tokenizer.json`` of Hugging Face folders."""
 
 import abc
+import functools
 import json
 import os
 import re
@@ -189,10 +190,6 @@ class JsonTokenizer(Tokenizer):
         self._tokenizer.no_padding()
         self._tokenizer.no_truncation()
         self.vocab_size = max(self._tokenizer.get_vocab().values()) + 1
-        added = self._tokenizer.get_added_tokens_decoder()
-        self._special_ids = {i for i, token in added.items() if token.special}
-        decoder = json.loads(self._tokenizer.to_str())["decoder"]
-        self._has_byte_characters = "ByteLevel" in json.dumps(decoder)
         eos_id, self.bos_id = self._special("eos"), self._special("bos")
         if eos_id is None:
             raise UserError(
@@ -223,6 +220,15 @@ class JsonTokenizer(Tokenizer):
     def save(self, folder: Path) -> None:
         """Does what ``copy`` does."""
         self.copy(folder)
+
+    @functools.cached_property
+    def _special_ids(self) -> set[int]:
+        added = self._tokenizer.get_added_tokens_decoder()
+        return {i for i, token in added.items() if token.special}
+
+    @functools.cached_property
+    def _has_byte_characters(self) -> bool:
+        return "ByteLevel" in json.dumps(json.loads(self._tokenizer.to_str())["decoder"])
 
     def _special(self, kind: str) -> int | None:
         """Finds the id of the begin, end or padding token."""

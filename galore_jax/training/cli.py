@@ -11,17 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from galore_jax.errors import UserError
-from galore_jax.training.config import flat_items
-
-# What a model from elsewhere brings along.
-_SIZES = {
-    f"model.{key}"
-    for key in (
-        *("vocab_size", "hidden_size", "intermediate_size", "num_layers", "num_heads"),
-        *("num_kv_heads", "head_dim", "rms_norm_eps", "rope_theta", "rope_scaling"),
-        *("max_positions", "tie_embeddings"),
-    )
-}
+from galore_jax.training.config import OWN_MODEL_KEYS, flat_items
 
 
 @dataclasses.dataclass(frozen=True)
@@ -80,7 +70,8 @@ def parse(
         config = _from_saved(saved, configs)
     else:
         config = _load(file, configs)
-    replaced = [key for key in overrides if key in _SIZES]
+    sizes = {f"model.{key}" for key in set(config.model) - OWN_MODEL_KEYS}
+    replaced = [key for key in overrides if key in sizes]
     if replaced and overrides.get("init_from", "None") != "None":
         raise UserError(
             f"--config.{replaced[0]} cannot be given with --config.init_from, whose model has its "

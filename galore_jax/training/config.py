@@ -17,6 +17,8 @@ from galore_jax.weights import path_filter
 Config = Any  # an ml_collections.ConfigDict with the keys of configs/base.py
 
 METHODS = ("galore", "full", "lora", "relora", "low_rank")
+# Keys of config.model that are not a model's own, but of how it computes or would be drawn.
+OWN_MODEL_KEYS = frozenset({"attention_implementation", "loss_chunk_tokens", "init_std"})
 _AT_LEAST_ONE = (
     "train_steps",
     "batch_size",

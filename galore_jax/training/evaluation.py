@@ -21,26 +21,28 @@ class HeldOut:
     Attributes:
       loss: mean negative log-likelihood of a target, nats.
       targets: how many tokens were predicted.
-      text_bytes: bytes of UTF-8 that they stand for.
+      token_counts: how often each id was a target, (vocab_size,) int64.
     """
 
     loss: float
     targets: int
-    text_bytes: int
+    token_counts: np.ndarray
 
     @property
     def perplexity(self) -> float:
         """The exponential of the loss."""
         return perplexity(self.loss)
 
-    @property
-    def bits_per_byte(self) -> float:
-        """Bits that the model takes to encode a byte of text, whatever its tokenizer.
+    def bits_per_byte(self, text_bytes: int) -> float:
+        """Returns the bits that the model takes to encode a byte, whatever its tokenizer.
 
-        >>> HeldOut(loss=math.log(2), targets=8, text_bytes=32).bits_per_byte
+        Args:
+          text_bytes: bytes of UTF-8 that the targets stand for, see ``bytes_of_tokens``.
+
+        >>> HeldOut(loss=math.log(2), targets=8, token_counts=np.array([8])).bits_per_byte(32)
         0.25
         """
-        return self.loss * self.targets / math.log(2) / max(self.text_bytes, 1)
+        return self.loss * self.targets / math.log(2) / max(text_bytes, 1)
 
 
 def evaluate(
@@ -87,8 +89,7 @@ def evaluate(
                 break
     if not counted:
         raise UserError(f"the held-out part of {data.source} has nothing to predict")
-    text_bytes = int(token_counts @ bytes_of_tokens(data.tokenizer))
-    return HeldOut(math.fsum(jax.device_get(total)) / counted, counted, text_bytes)
+    return HeldOut(math.fsum(jax.device_get(total)) / counted, counted, token_counts)
 
 
 def bytes_of_tokens(tokenizer: Tokenizer) -> np.ndarray:

@@ -18,7 +18,7 @@ from galore_jax.models.config import LlamaConfig, RopeScaling
 from galore_jax.models.huggingface_config import read_config
 from galore_jax.models.stages import BLOCKS, LAYERS, Stages
 from galore_jax.per_layer import is_leafwise
-from galore_jax.training.config import Config, check_config, target_modules
+from galore_jax.training.config import OWN_MODEL_KEYS, Config, check_config, target_modules
 from galore_jax.training.layerwise import make_layerwise_step
 from galore_jax.training.optimizer import make_optimizer, make_schedule, uses_matrices
 from galore_jax.training.step import Mode, Step, TrainState, make_train_step
@@ -152,11 +152,6 @@ def make_experiment(config: Config) -> Experiment:
     if config.init_from is not None:
         config = _with_sizes_of(Path(config.init_from).expanduser(), config)
     model = model_config(config)
-    if model.max_positions is not None and config.data.seq_len > model.max_positions:
-        raise UserError(
-            f"config.data.seq_len={config.data.seq_len} must be at most {model.max_positions}, the "
-            "positions of the model"
-        )
     task = make_task(config, model)
     projected = config.projected_gradients
     if projected is None:  # where it can be
@@ -222,7 +217,17 @@ def _drops(config: Config) -> bool:
 
 
 def make_task(config: Config, model: LlamaConfig) -> Task:
-    """Makes the task that a config describes, for a model."""
+    """Makes the task that a config describes, for a model.
+
+    Raises:
+      UserError: rows longer than the model's positions.
+    """
+    most = model.max_positions
+    if most is not None and config.data.seq_len > most:
+        raise UserError(
+            f"config.data.seq_len={config.data.seq_len} must be at most {most}, the positions of "
+            "the model"
+        )
     data = DataConfig(**config.data.to_dict())
     return LanguageModelling(data, model.vocab_size, model.loss_chunk_tokens)
 
@@ -233,9 +238,7 @@ def _with_sizes_of(folder: Path, config: Config) -> Config:
     sizes = dataclasses.asdict(read_config(folder))
     if sizes["rope_scaling"] is not None:
         sizes["rope_scaling"] = tuple(sizes["rope_scaling"].values())
-    # How the model computes, and how new weights would be drawn, is not the folder's to say.
-    own = {"attention_implementation", "loss_chunk_tokens", "init_std"}
-    for key in set(config.model.keys()) - own:
+    for key in set(config.model) - OWN_MODEL_KEYS:
         config.model[key] = sizes[key]
     if config.data.tokenizer is None:
         config.data.tokenizer = str(folder)
