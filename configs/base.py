@@ -17,8 +17,9 @@ def get_config(arg: str = "") -> ConfigDict:
     """
     config = ConfigDict()
 
-    # "galore"; "full": the optimizer on the full gradients; "lora" and "relora": low-rank parts of
-    # frozen matrices; "low_rank": matrices that are products of two factors. Choose after the colon
+    # "galore"; "galore_muon": with orthogonalised momentum; "full": the optimizer on the full
+    # gradients; "lora" and "relora": low-rank parts of frozen matrices; "low_rank": matrices that
+    # are products of two factors. Choose after the colon
     # of --config, as in --config=configs/llama.py:60m,method=full, so that the learning rate goes
     # with it.
     config.method = "galore"
@@ -43,7 +44,7 @@ def get_config(arg: str = "") -> ConfigDict:
     # soon as its gradient is there, so that one layer's exists at a time (README, "Modes").
     config.updates = "standard"
     # With GaLore: never form a full gradient between two refreshes. None: True where it can be,
-    # that is without optimizer.clip_norm, which is of the full gradient.
+    # that is without optimizer.clip_norm and galore.recovery, which are of the full gradient.
     config.projected_gradients = config_dict.placeholder(bool)
     config.ignore_memory_plan = False  # start even if the compiler's plan exceeds the memory
     config.remat = False  # recompute each block in the backward pass, to save memory
@@ -87,12 +88,18 @@ def get_config(arg: str = "") -> ConfigDict:
     config.optimizer.eps = config_dict.placeholder(float)  # None: the alias's own default
     config.optimizer.weight_decay = 0.0  # decoupled, of every weight; times the learning rate
     config.optimizer.clip_norm = config_dict.placeholder(float)  # of the whole gradient; None: no
+    # Most growth of each gradient's norm from one update to the next, as 1.01; None: any. With
+    # GaLore of the low-rank gradients; for each matrix by itself, also with layerwise updates.
+    config.optimizer.clip_growth = config_dict.placeholder(float)
     # Not for "galore": factor on the updates of the matrices that it would project, or of their
     # low-rank factors. GaLore's scale is in effect a second learning rate, and a fair baseline has
     # the same knob.
     config.optimizer.matrix_lr_scale = 1.0
 
     config.galore = ConfigDict()
+    # A number, or a table of ranks by regular expressions on the weights' paths: the first that
+    # matches counts, as in {"q_proj|k_proj": 64, "down_proj": 256, "": 128}.
+    config.galore.rank = config_dict.placeholder(object)
     config.galore.rank = 128
     config.galore.update_proj_gap = 200  # updates between two refreshes of the projectors
     config.galore.scale = 0.25  # factor on the updates of the projected matrices
@@ -109,6 +116,14 @@ def get_config(arg: str = "") -> ConfigDict:
     config.galore.projector_dtype = config_dict.placeholder(str)  # None: param_dtype
     config.galore.projector_bits = config_dict.placeholder(int)  # 8 or 4 for integers; None: dtype
     config.galore.target_modules = ("attn", "mlp")  # regular expressions on the weights' paths
+
+    # "column" or "matrix": add the gradient outside the subspace, scaled as the optimizer scales
+    # what is inside, by columns or by matrices (Fira). It needs the full gradients.
+    config.galore.recovery = config_dict.placeholder(str)
+
+    config.muon = ConfigDict()  # of the method galore_muon
+    config.muon.beta = 0.95  # decay of the momentum
+    config.muon.rounds = 5  # of the orthogonalisation
 
     config.lora = ConfigDict()  # of the methods lora, relora and low_rank
     config.lora.rank = 128

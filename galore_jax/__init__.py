@@ -10,7 +10,7 @@ with quiet_cuda() if sys.argv[:1] == ["-m"] else contextlib.nullcontext():
     import jax  # noqa: F401
 
 from galore_jax.adam8bit import adamw8bit, scale_by_adam8bit
-from galore_jax.aliases import galore_adafactor, galore_adamw, galore_adamw8bit
+from galore_jax.aliases import galore_adafactor, galore_adamw, galore_adamw8bit, galore_muon
 from galore_jax.chaining import chain
 from galore_jax.dimension_numbers import dimension_numbers
 from galore_jax.for_nnx import for_nnx
@@ -28,6 +28,7 @@ __all__ = [
     "galore_adafactor",
     "galore_adamw",
     "galore_adamw8bit",
+    "galore_muon",
     "linear",
     "projected_value_and_grad",
     "scale_by_adam8bit",

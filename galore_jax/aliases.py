@@ -1,27 +1,33 @@
 """Aliases: optimizers with GaLore built in."""
 
+import functools
 import inspect
 from collections.abc import Callable
-from typing import Any, TypeVar, Unpack
+from typing import Any, Literal, TypeVar, Unpack
 
 import jax
 import optax
 
 from galore_jax.adam8bit import adamw8bit
 from galore_jax.blocks import BLOCK_SIZE
-from galore_jax.galore import galore
+from galore_jax.errors import check_int
+from galore_jax.galore import galore, wrap_optimizer
 from galore_jax.galore_torch import decay_weights, scale_by_galore_torch_adam
-from galore_jax.options import GaLoreOptions
+from galore_jax.muon import low_rank_muon
+from galore_jax.options import CheckedOptions, GaLoreOptions
 from galore_jax.weights import Rank
 
 Alias = TypeVar("Alias", bound=Callable[..., Any])
 
 
-def _with_options_spelled_out(alias: Alias) -> Alias:
+def _with_options_spelled_out(alias: Alias, **defaults: Any) -> Alias:
     """Lists ``**galore_options`` in the signature, as ``optax.inject_hyperparams`` reads it."""
     own, options = inspect.signature(alias), inspect.signature(galore).parameters
     kept = [p for p in own.parameters.values() if p.kind is not inspect.Parameter.VAR_KEYWORD]
-    listed = [options[name] for name in GaLoreOptions.__annotations__]
+    listed = [
+        options[name].replace(default=defaults.get(name, options[name].default))
+        for name in GaLoreOptions.__annotations__
+    ]
     alias.__signature__ = own.replace(parameters=[*kept, *listed])  # pyright: ignore
     return alias
 
@@ -218,3 +224,93 @@ def galore_adafactor(
     if decays and galore_torch_order:
         return optax.chain(tx, decay_weights(learning_rate, weight_decay, mask))
     return tx
+
+
+_MUON_DEFAULTS: GaLoreOptions = {"scale": 1.0, "rotate_moments": True}
+
+
+@functools.partial(_with_options_spelled_out, **_MUON_DEFAULTS)
+def galore_muon(
+    learning_rate: optax.ScalarOrSchedule,
+    rank: Rank = 128,
+    *,
+    adam_learning_rate: optax.ScalarOrSchedule | None = None,
+    beta: float = 0.95,
+    rounds: int = 5,
+    b1: float = 0.9,
+    b2: float = 0.999,
+    eps: float = 1e-8,
+    weight_decay: float = 0.0,
+    mask: Any | Callable[[optax.Params], Any] | None = None,
+    bits: Literal[8] | None = None,
+    most_growth: float | None = None,
+    **galore_options: Unpack[GaLoreOptions],
+) -> optax.GradientTransformationExtraArgs:
+    r"""Runs orthogonalised momentum on the projected gradients, and Adam on all other leaves.
+
+    A projected m x n matrix has one moment, of the shape of R: its state is ``m r + n r`` numbers,
+    where Adam's in GaLore is ``m r + 2 n r``, and Muon's ``m n``. Its update is
+
+    $$\Delta W = -\eta \, \sqrt{\max(1, n / m)} \, P \, \mathrm{orth}(M)$$
+
+    with the momentum M, which turns with the projector at a refresh. The mathematics, and what it
+    comes from: ``galore_jax.muon``.
+
+    Args:
+      learning_rate: of the projected matrices, a float or an Optax schedule. The largest singular
+        value of an update is about this times the factor for shapes, whatever the rank.
+      rank: see ``galore_jax.galore``.
+      adam_learning_rate: of all other leaves; None for the same.
+      beta: decay of the momentum.
+      rounds: of the orthogonalisation, see ``galore_jax.muon.orthogonalize``.
+      b1, b2, eps: Adam's, see ``optax.adamw``.
+      weight_decay, mask: of all leaves, times the learning rate of each, see ``optax.adamw``.
+      bits: 8 to keep the momentum, and Adam's moments, in 8 bits.
+      most_growth: of each low-rank gradient's norm, see ``galore_jax.norm_growth``; None for any.
+      galore_options: see ``galore_jax.options.GaLoreOptions``. Two defaults are others here:
+        ``scale`` is 1 and ``rotate_moments`` True.
+
+    Returns:
+      A gradient transformation with a ``galore_jax.GaLoreState``.
+
+    Raises:
+      TypeError, ValueError: see ``galore``; ``beta`` outside [0, 1), ``rounds`` below 1, other
+        ``bits``.
+
+    References:
+      Refael et al., SUMO: Subspace-Aware Moment-Orthogonalization, 2025,
+      https://arxiv.org/abs/2505.24749
+
+    >>> import jax, jax.numpy as jnp
+    >>> from galore_jax import galore_muon
+    >>> tx = galore_muon(0.02, rank=8, adam_learning_rate=1e-3)
+    >>> params = {"kernel": jnp.zeros((64, 256)), "bias": jnp.zeros(256)}
+    >>> state = tx.init(params)
+    >>> sum(x.size for x in jax.tree.leaves(state) if x.ndim == 2) == 64 * 8 + 8 * 256
+    True
+    >>> grads = {"kernel": jax.random.normal(jax.random.key(0), (64, 256)), "bias": jnp.ones(256)}
+    >>> updates, state = tx.update(grads, state, params)
+    >>> jnp.linalg.matrix_rank(updates["kernel"]).item()
+    8
+    """
+    if not isinstance(beta, jax.Array) and not 0 <= beta < 1:
+        raise ValueError(f"beta must be at least 0 and less than 1, got {beta!r}")
+    check_int("rounds", rounds, 1)
+    if bits not in (None, 8) or isinstance(bits, float):
+        raise ValueError(f"bits must be 8 or None, got {bits!r}")
+    make = functools.partial(
+        low_rank_muon,
+        learning_rate=learning_rate,
+        adam_learning_rate=learning_rate if adam_learning_rate is None else adam_learning_rate,
+        beta=beta,
+        rounds=rounds,
+        b1=b1,
+        b2=b2,
+        eps=eps,
+        weight_decay=weight_decay,
+        mask=mask,
+        bits=bits,
+        most_growth=most_growth,
+    )
+    options: GaLoreOptions = {**_MUON_DEFAULTS, **galore_options}
+    return wrap_optimizer(make, CheckedOptions(rank, **options))

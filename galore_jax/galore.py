@@ -2,7 +2,7 @@
 
 import functools
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any, Literal, NamedTuple
 
 import jax
@@ -22,11 +22,12 @@ from galore_jax.projection import (
     on_matrices,
 )
 from galore_jax.projectors import ProjectorMethod
+from galore_jax.recovery import Recovery, no_norm, recovered
 from galore_jax.refresh import first_moments, refresh_projectors
 from galore_jax.sharding import in_auto_mode, zeros_beside
 from galore_jax.weight_copies import seen_weight
-from galore_jax.weight_decay import bring_back, update_and_decay
-from galore_jax.weights import Patterns, Rank, projection_mask
+from galore_jax.weight_decay import bring_back, update_and_decay, without_decay
+from galore_jax.weights import DEFAULT_RANK, Patterns, Rank
 
 
 class GaLoreState(NamedTuple):
@@ -39,11 +40,14 @@ class GaLoreState(NamedTuple):
         (shapes: ``galore_jax.projection``), ``optax.MaskedNode()`` for the other leaves.
       inner_state: state of the wrapped optimizer, built on low-rank proxies of the projected
         leaves (the shape of R, the leaf's dtype).
+      recovered_norm: with ``recovery`` the params' tree; for each projected matrix the norm that
+        limits the next one, () float32 or that of a stack, see ``galore_jax.recovery``. Else ().
     """
 
     count: jax.typing.ArrayLike  # pyright: ignore[reportIncompatibleMethodOverride]
     projector: Any
     inner_state: optax.OptState
+    recovered_norm: Any = ()
 
 
 class GaLore(optax.GradientTransformationExtraArgs):
@@ -60,7 +64,7 @@ class GaLore(optax.GradientTransformationExtraArgs):
 def galore(
     optimizer: optax.GradientTransformation | None = None,
     *,
-    rank: Rank = 128,
+    rank: Rank = DEFAULT_RANK,
     update_proj_gap: int = 200,
     scale: float = 0.25,
     proj_type: ProjType = "std",
@@ -73,6 +77,7 @@ def galore(
     projector_dtype: jax.typing.DTypeLike | None = None,
     projector_bits: Literal[8, 4] | None = None,
     seed: int = 0,
+    recovery: Recovery | None = None,
 ) -> GaLore:
     r"""Trains whole matrices while the optimizer sees, and keeps, only low-rank projections.
 
@@ -97,7 +102,9 @@ def galore(
         ``galore_jax.chain``, which wraps all that follows it there. In ``optax.chain`` a bare
         one cannot shrink the state of its successors: it only emits ``scale * P P^T G``, and warns.
       rank: rank of the projection, at least 1; a smaller matrix takes ``min(rank, m, n)``. Or a
-        function of a leaf's path and the leaf; None from it leaves the leaf alone.
+        table of ranks by regular expressions on paths, ``{"q_proj|k_proj": 32, "": 64}``, see
+        ``galore_jax.weights.rank_by_pattern``; or a function of a leaf's path and the leaf. None
+        from either leaves the leaf alone.
       update_proj_gap: updates between two refreshes, at least 1.
       scale: factor on the updates of projected leaves (the paper's alpha), greater than 0.
       proj_type: ``"std"`` (the smaller side), ``"reverse_std"`` (the larger), ``"left"``,
@@ -117,6 +124,10 @@ def galore(
       projector_bits: 8 or 4 to store them as block-wise integers instead, with a float32 scale for
         every 256 values, see ``galore_jax.quantization``; products with them are in float32.
       seed: seed of the projectors' random parts.
+      recovery: ``"column"`` or ``"matrix"`` adds the gradient outside the subspace to the update,
+        scaled by columns or by matrices as the optimizer scales what is inside (Fira), see
+        ``galore_jax.recovery``. It needs full gradients at each update, and keeps one number a
+        matrix.
 
     Returns:
       A ``GaLore`` transformation with a ``GaLoreState``. Its ``update`` takes
@@ -128,8 +139,9 @@ def galore(
 
     Raises:
       TypeError: an argument of the wrong type.
-      ValueError: an argument out of its range; by ``init``, ``target_modules`` that select nothing,
-        or an optimizer whose state is a function of the weights' values other than a copy.
+      ValueError: an argument out of its range; by ``init``, ``target_modules`` or a pattern of
+        ``rank`` that select nothing, or an optimizer whose state is a function of the weights'
+        values other than a copy.
 
     References:
       Zhao et al., GaLore: Memory-Efficient LLM Training by Gradient Low-Rank Projection, 2024,
@@ -165,18 +177,31 @@ def galore(
         projector_dtype=projector_dtype,
         projector_bits=projector_bits,
         seed=seed,
+        recovery=recovery,
     )
-    wrap = functools.partial(_wrap, options=options)
-    return wrap(optimizer) if optimizer is not None else bare_galore(wrap)
+    if optimizer is None:
+        return bare_galore(lambda inner: wrap_optimizer(lambda _: inner, options))
+    return wrap_optimizer(lambda _: optimizer, options)
 
 
-def _wrap(optimizer: optax.GradientTransformation, options: CheckedOptions) -> GaLore:
-    plan_of = planner(optax.with_extra_args_support(optimizer), options)
+def wrap_optimizer(
+    make_optimizer: Callable[[Mapping[str, MatrixSpec]], optax.GradientTransformation],
+    options: CheckedOptions,
+) -> GaLore:
+    """Makes a ``galore`` of an optimizer that may depend on how leaves are projected.
+
+    Args:
+      make_optimizer: a function of the projected leaves, by their paths.
+      options: GaLore's.
+
+    Returns:
+      As ``galore``.
+    """
+    plan_of = planner(make_optimizer, options)
 
     def init(params: optax.Params) -> GaLoreState:
         plan = plan_of(params)
-        if not jax.tree.leaves(plan.specs):  # raises where patterns match nothing
-            projection_mask(params, options.target_modules, stacked_modules=options.stacked_modules)
+        options.check_patterns(params)
         proxies = on_matrices(
             lambda spec, x: zeros_beside(x, spec.axes, spec.low_shape, x.dtype), plan.specs, params
         )
@@ -185,7 +210,10 @@ def _wrap(optimizer: optax.GradientTransformation, options: CheckedOptions) -> G
         turns = not options.rotate_moments or first_moments(inner_state)
         if not turns and jax.tree.leaves(projectors):
             warnings.warn(_NOTHING_TURNS, stacklevel=2)
-        return GaLoreState(jnp.zeros([], jnp.int32), projectors, inner_state)
+        norms = ()
+        if options.recovery is not None:
+            norms = jax.tree.map(no_norm, params, plan.specs)
+        return GaLoreState(jnp.zeros([], jnp.int32), projectors, inner_state, norms)
 
     def new_projectors(
         plan: Plan, due: bool | jax.Array, gradients: Any, state: Any, params: Any
@@ -208,7 +236,8 @@ def _wrap(optimizer: optax.GradientTransformation, options: CheckedOptions) -> G
     def refresh(gradients: Any, state: Any, params: Any = None) -> GaLoreState:
         plan = plan_of(gradients)
         plan.check_fit(True, gradients, state)
-        return GaLoreState(state.count, *new_projectors(plan, True, gradients, state, params))
+        stored, inner_state = new_projectors(plan, True, gradients, state, params)
+        return GaLoreState(state.count, stored, inner_state, state.recovered_norm)
 
     def update(
         updates: optax.Updates,
@@ -239,11 +268,19 @@ def _wrap(optimizer: optax.GradientTransformation, options: CheckedOptions) -> G
             plan.optimizer, low, inner_state, low_params, plan.specs, copies, **extra_args
         )
 
-        # W <- W + scale * P N
-        back = functools.partial(bring_back, options.scale, due)
+        # S, from what of G is outside the subspace
         weights = (low, updates) if params is None else (low_params, params)
-        new = on_matrices(back, plan.specs, steps, projectors, decay, *weights)
-        return new, GaLoreState(optax.safe_increment(state.count), stored, inner_state)
+        outside, norms = jax.tree.map(lambda _: None, steps), state.recovered_norm
+        if options.recovery is not None:
+            pure = on_matrices(without_decay, plan.specs, steps, decay, weights[0])
+            outside, norms = recovered(
+                options.recovery, plan.specs, updates, projectors, low, pure, norms
+            )
+
+        # W <- W + scale * (P N + S)
+        back = functools.partial(bring_back, options.scale, due)
+        new = on_matrices(back, plan.specs, steps, projectors, decay, outside, *weights)
+        return new, GaLoreState(optax.safe_increment(state.count), stored, inner_state, norms)
 
     def update_on_any_mesh(
         updates: optax.Updates,

@@ -4,7 +4,7 @@ import dataclasses
 import difflib
 import math
 import numbers
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any, Literal, TypedDict
 
 import jax
@@ -15,8 +15,19 @@ from galore_jax.errors import check_int, check_rank
 from galore_jax.projection import PROJ_TYPES, MatrixSpec, ProjType, TwoSided
 from galore_jax.projectors import PROJECTOR_METHODS, ProjectorMethod
 from galore_jax.quantization import quantized_zeros
+from galore_jax.recovery import RECOVERIES, Recovery
 from galore_jax.sharding import zeros_beside
-from galore_jax.weights import Patterns, Rank, path_filter
+from galore_jax.weights import (
+    DEFAULT_RANK,
+    Patterns,
+    Rank,
+    check_rank_patterns,
+    leaf_path,
+    matrix_specs,
+    path_filter,
+    projection_mask,
+    rank_by_pattern,
+)
 
 
 class GaLoreOptions(TypedDict, total=False):
@@ -36,6 +47,7 @@ class GaLoreOptions(TypedDict, total=False):
       projector_dtype: dtype of the stored projectors; each leaf's.
       projector_bits: 8 or 4 to store projectors as integers; None.
       seed: seed of the projectors' random parts; 0.
+      recovery: ``"column"`` or ``"matrix"`` to add what is outside the subspace; None.
     """
 
     update_proj_gap: int
@@ -50,6 +62,7 @@ class GaLoreOptions(TypedDict, total=False):
     projector_dtype: jax.typing.DTypeLike | None
     projector_bits: Literal[8, 4] | None
     seed: int
+    recovery: Recovery | None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -60,22 +73,25 @@ class CheckedOptions:
       TypeError, ValueError: an option of the wrong type, or out of its range.
     """
 
-    rank: Rank
-    update_proj_gap: Any
-    scale: Any
-    proj_type: ProjType
-    target_modules: Patterns | None
-    weight_dimension_numbers: Any
-    stacked_modules: Patterns | None
-    projector: ProjectorMethod
-    power_iterations: Any
-    rotate_moments: bool
-    projector_dtype: Any
-    projector_bits: Literal[8, 4] | None
-    seed: Any
+    rank: Rank = DEFAULT_RANK
+    update_proj_gap: Any = 200
+    scale: Any = 0.25
+    proj_type: ProjType = "std"
+    target_modules: Patterns | None = None
+    weight_dimension_numbers: Any = None
+    stacked_modules: Patterns | None = None
+    projector: ProjectorMethod = "svd"
+    power_iterations: Any = 2
+    rotate_moments: bool = False
+    projector_dtype: Any = None
+    projector_bits: Literal[8, 4] | None = None
+    seed: Any = 0
+    recovery: Recovery | None = None
 
     def __post_init__(self):
-        if not callable(self.rank):
+        if isinstance(self.rank, Mapping):
+            rank_by_pattern(self.rank)
+        elif not callable(self.rank):
             check_rank(self.rank)
         for name, least in (("update_proj_gap", 1), ("power_iterations", 1), ("seed", 0)):
             value = getattr(self, name)
@@ -87,6 +103,8 @@ class CheckedOptions:
             raise TypeError(f"rotate_moments must be a bool, got {self.rotate_moments!r}")
         _check_choice("proj_type", self.proj_type, PROJ_TYPES)
         _check_choice("projector", self.projector, PROJECTOR_METHODS)
+        if self.recovery is not None:
+            _check_choice("recovery", self.recovery, RECOVERIES)
         path_filter(self.target_modules)
         path_filter(self.stacked_modules, "stacked_modules")
         bits, dtype = self.projector_bits, self.projector_dtype
@@ -99,6 +117,30 @@ class CheckedOptions:
                     f"projector_bits={bits} and projector_dtype={dtype} exclude each other: "
                     "give one"
                 )
+
+    def specs(self, tree: Any, rank: Rank | None = None) -> Any:
+        """Finds how each leaf of a tree is projected, see ``galore_jax.weights.matrix_specs``."""
+        return matrix_specs(
+            tree,
+            rank=self.rank if rank is None else rank,
+            proj_type=self.proj_type,
+            target_modules=self.target_modules,
+            weight_dimension_numbers=self.weight_dimension_numbers,
+            stacked_modules=self.stacked_modules,
+        )
+
+    def check_patterns(self, params: Any) -> None:
+        """Raises a ValueError for ``target_modules`` or a pattern of ``rank`` that select nothing.
+
+        Args:
+          params: a tree of all weights, arrays or shapes.
+        """
+        selected = self.specs(params, rank=1)
+        if not jax.tree.leaves(selected):
+            projection_mask(params, self.target_modules, stacked_modules=self.stacked_modules)
+        elif isinstance(self.rank, Mapping):
+            named = jax.tree_util.tree_leaves_with_path(selected)
+            check_rank_patterns(self.rank, [leaf_path(path) for path, _ in named])
 
     def no_projector(self, leaf: Any, spec: MatrixSpec | None) -> Any:
         """Makes zeros, stored and sharded as a leaf's projector will be."""

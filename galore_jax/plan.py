@@ -2,7 +2,7 @@
 
 import dataclasses
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import jax
@@ -20,7 +20,7 @@ from galore_jax.projection import (
 )
 from galore_jax.quantization import Quantized
 from galore_jax.weight_copies import WeightCopies, find_copies
-from galore_jax.weights import matrix_specs
+from galore_jax.weights import leaf_path
 
 _MOST_PLANS = 32  # of one transformation: layerwise training has one for each group of weights
 
@@ -71,7 +71,8 @@ class Plan:
 
 
 def planner(
-    optimizer: optax.GradientTransformationExtraArgs, options: CheckedOptions
+    make_optimizer: Callable[[Mapping[str, MatrixSpec]], optax.GradientTransformation],
+    options: CheckedOptions,
 ) -> Callable[[Any], Plan]:
     """Makes a function that finds the plan of a tree of weights or of their gradients.
 
@@ -79,28 +80,22 @@ def planner(
     of arrays, tracers, shapes or projected gradients. A plan holds no arrays.
 
     Args:
-      optimizer: the optimizer to wrap.
+      make_optimizer: a function of the projected leaves, by their paths, that gives the optimizer
+        to wrap.
       options: GaLore's.
 
     Returns:
       A function of a tree. It raises what ``galore_jax.weights.matrix_specs`` and
       ``galore_jax.weight_copies.find_copies`` raise.
     """
-    find_specs = functools.partial(
-        matrix_specs,
-        rank=options.rank,
-        proj_type=options.proj_type,
-        target_modules=options.target_modules,
-        weight_dimension_numbers=options.weight_dimension_numbers,
-        stacked_modules=options.stacked_modules,
-    )
     # A function of the leaves may look at more than their shapes: it is asked each time.
     asks = callable(options.rank) or callable(options.weight_dimension_numbers)
 
     @functools.lru_cache(_MOST_PLANS)
     def make(treedef: Any, shapes: tuple[Any, ...], answers: tuple[Any, ...] | None) -> Plan:
         params = treedef.unflatten(shapes)
-        specs = find_specs(params) if answers is None else treedef.unflatten(answers)
+        specs = options.specs(params) if answers is None else treedef.unflatten(answers)
+        optimizer = optax.with_extra_args_support(make_optimizer(_by_path(specs)))
         depths = jax.tree.map(
             lambda depth, spec: depth if spec is None else len(spec.stack),
             layer_depths(params, options.stacked_modules),
@@ -118,10 +113,14 @@ def planner(
         for leaf in leaves:
             dtype = leaf.dtype if hasattr(leaf, "dtype") else jnp.result_type(leaf)
             shapes.append(jax.ShapeDtypeStruct(getattr(leaf, "shape", ()), dtype))
-        answers = tuple(treedef.flatten_up_to(find_specs(tree))) if asks else None
+        answers = tuple(treedef.flatten_up_to(options.specs(tree))) if asks else None
         return make(treedef, tuple(shapes), answers)
 
     return plan
+
+
+def _by_path(specs: Any) -> dict[str, MatrixSpec]:
+    return {leaf_path(path): spec for path, spec in jax.tree_util.tree_leaves_with_path(specs)}
 
 
 def _check_projected(due: Any, gradient: ProjectedGradient, spec: MatrixSpec | None) -> None:

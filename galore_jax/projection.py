@@ -303,3 +303,20 @@ def scaled(gradient: jax.Array) -> jax.Array:
     matrix = in_float32(gradient)
     largest = jnp.max(jnp.abs(matrix), axis=(-2, -1), keepdims=True)
     return matrix / jnp.where(largest == 0, 1, largest)
+
+
+def norm_over(array: jax.Array, axes: tuple[int, ...] | None = None) -> jax.Array:
+    """Computes norms over some axes, which stay with length 1; over all of them, a () norm.
+
+    In float32 (float64 for float64), without squares that vanish or overflow.
+
+    >>> import jax.numpy as jnp
+    >>> norm_over(jnp.array([3e-30, 4e-30])).item() == jnp.float32(5e-30)
+    True
+    """
+    array = jnp.abs(in_float32(array))
+    keep = axes is not None
+    largest = jnp.max(array, axis=axes, keepdims=True, initial=0)
+    shares = array / jnp.where(largest == 0, 1, largest)
+    total = jnp.sqrt(jnp.sum(shares * shares, axis=axes, keepdims=True)) * largest
+    return total if keep else total.reshape(())

@@ -91,6 +91,7 @@ def bring_back(
     step: jax.Array,
     projector: Projector,
     decay: jax.Array | None,
+    outside: jax.Array | None,
     low_weight: Any,
     weight: Any,
 ) -> jax.Array:
@@ -106,6 +107,7 @@ def bring_back(
       step: the update of the shape of R, decay included.
       projector: P.
       decay: c, (), or None.
+      outside: what is added to the update outside the subspace, (*stack, m, n), or None.
       low_weight: the weight as the optimizer sees it, of the shape of R.
       weight: the leaf.
 
@@ -115,10 +117,26 @@ def bring_back(
     if is_new is not True:
         for basis in jax.tree.leaves(projector):
             step = jnp.where((basis != 0).any((-2, -1), keepdims=True), step, jnp.nan)
-    if decay is None:
-        return (scale * spec.from_low_rank(step, projector)).astype(step.dtype)
-    back = scale * spec.from_low_rank(step - decay * low_weight, projector)
-    return (back + decay * weight).astype(step.dtype)
+    back = spec.from_low_rank(without_decay(spec, step, decay, low_weight), projector)
+    if outside is not None:
+        back = back + spec.from_matrix(outside)
+    back = scale * back
+    return (back if decay is None else back + decay * weight).astype(step.dtype)
+
+
+def without_decay(
+    spec: MatrixSpec, step: jax.Array, decay: jax.Array | None, low_weight: Any
+) -> jax.Array:
+    """Takes the decay out of one leaf's low-rank update.
+
+    Args:
+      spec: how the leaf is projected.
+      step: the update of the shape of R, decay included.
+      decay: c, (), or None.
+      low_weight: the weight as the optimizer sees it, of the shape of R.
+    """
+    del spec
+    return step if decay is None else step - decay * low_weight
 
 
 def replaced(values: Sequence[Any], new: dict[int, Any]) -> list[Any]:

@@ -1,7 +1,7 @@
 """Which leaves of a tree of params are projected, along which of their axes, at which rank."""
 
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -11,8 +11,9 @@ from jax.tree_util import DictKey, GetAttrKey
 from galore_jax.errors import check_rank
 from galore_jax.projection import MatrixSpec, ProjType, is_projected_gradient
 
-Rank = int | Callable[[str, Any], int | None]
+Rank = int | Mapping[str, int | None] | Callable[[str, Any], int | None]
 Patterns = str | Sequence[str]
+DEFAULT_RANK = 128
 
 
 def matrix_specs(
@@ -28,8 +29,9 @@ def matrix_specs(
 
     Args:
       params: a tree of arrays or shapes; a ``ProjectedGradient`` stands for its full shape.
-      rank: an int, or a function of a selected leaf's path (``blocks/attn/q_proj/kernel``) and the
-        leaf that gives an int, or None to leave it alone.
+      rank: an int; a table of ranks by regular expressions, see ``rank_by_pattern``; or a function
+        of a selected leaf's path (``blocks/attn/q_proj/kernel``) and the leaf that gives an int, or
+        None to leave it alone.
       proj_type: see ``galore_jax.projection.projected_side``.
       target_modules, stacked_modules: see ``projection_mask``; they may select nothing.
       weight_dimension_numbers: None (the last two axes), ``optax.contrib.GaLoreDimensionNumbers``
@@ -62,6 +64,8 @@ def matrix_specs(
         must_match=False,
     )
     is_stacked = path_filter(stacked_modules, "stacked_modules")
+    if isinstance(rank, Mapping):
+        rank = rank_by_pattern(rank)
     specs: list[MatrixSpec | None] = [None] * len(leaves)
     for i, selected in enumerate(jax.tree.leaves(mask)):
         (key_path, leaf), numbers = leaves[i], numbers_by_leaf[i]
@@ -165,6 +169,56 @@ def path_filter(patterns: Patterns | None, name: str = "target_modules") -> Call
     except re.error as error:
         raise ValueError(f"{name}={patterns!r} is no regular expression: {error}") from error
     return lambda path: any(pattern.search(path) for pattern in compiled)
+
+
+def rank_by_pattern(table: Mapping[str, int | None]) -> Callable[[str, Any], int | None]:
+    """Makes a function of a leaf's path and the leaf of a table of ranks.
+
+    Args:
+      table: ranks by regular expressions that are searched for in a leaf's path. The first that
+        matches counts. Where none does, the rank is 128; give ``""``, which matches every path,
+        as the last one for another. None leaves a leaf alone.
+
+    Raises:
+      TypeError, ValueError: no table of regular expressions and ranks.
+
+    >>> rank = rank_by_pattern({"q_proj|k_proj": 32, "": 64})
+    >>> rank("attn/q_proj/kernel", None), rank("attn/v_proj/kernel", None)
+    (32, 64)
+    """
+    if not table:
+        raise ValueError("rank={} has no pattern; give a number, or ranks by patterns")
+    for pattern, rank in table.items():
+        path_filter(pattern, "rank")
+        if rank is not None:
+            check_rank(rank, f"[{pattern!r}]")
+    compiled = {pattern: re.compile(pattern) for pattern in table}
+
+    def of_leaf(path: str, leaf: Any) -> int | None:
+        del leaf
+        first = next((p for p in table if compiled[p].search(path)), None)
+        return DEFAULT_RANK if first is None else table[first]
+
+    return of_leaf
+
+
+def check_rank_patterns(table: Mapping[str, Any], paths: Sequence[str]) -> None:
+    """Raises a ValueError for a pattern of a rank table that decides on no leaf.
+
+    Args:
+      table: ranks by patterns.
+      paths: of the leaves that are selected.
+    """
+    first = {next((p for p in table if re.search(p, path)), None) for path in paths}
+    for pattern in table:
+        if pattern not in first:
+            left = (
+                " that those before it leave" if any(re.search(pattern, x) for x in paths) else ""
+            )
+            raise ValueError(
+                f"rank: the pattern {pattern!r} matches no projected leaf{left}; their paths are "
+                + ", ".join([*paths[:7], *["..."] * (len(paths) > 7)])
+            )
 
 
 def _full_shape(leaf: Any) -> Any:

@@ -58,7 +58,8 @@ def _changed(config: Config, changes: dict[str, object]) -> Experiment:
     # Not every alias takes the settings of another.
     cleared = dict.fromkeys(f"optimizer.{key}" for key in ("clip_norm", "b1", "b2", "eps"))
     changed.update_from_flattened_dict({**changes, **cleared})
-    changed.lora.rank = changed.galore.rank
+    if isinstance(changed.galore.rank, int):
+        changed.lora.rank = changed.galore.rank
     return make_experiment(changed)
 
 

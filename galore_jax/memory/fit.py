@@ -9,7 +9,7 @@ import jax
 from galore_jax.errors import UserError
 from galore_jax.memory.compile import CompiledPlan, DoesNotFit, compile_for, compile_lowered
 from galore_jax.memory.targets import Target, find_target
-from galore_jax.training.config import Config
+from galore_jax.training.config import Config, uses_galore
 from galore_jax.training.experiment import Experiment, make_experiment, step_name
 
 
@@ -108,8 +108,8 @@ def _changes(config: Config) -> Iterator[dict[str, Any]]:
     while config.micro_batch_size > 1:
         most = max(config.micro_batch_size // 8, 1)
         size = next(size for size in range(most, 0, -1) if config.batch_size % size == 0)
-        from_batch = config.method == "galore" and config.galore.refresh_from == "batch"
+        from_batch = uses_galore(config) and config.galore.refresh_from == "batch"
         refresh_from = {"galore.refresh_from": "micro_batch"} if from_batch else {}
         yield {"micro_batch_size": size} | refresh_from
-    while config.method == "galore" and config.galore.rank > 64:
+    while uses_galore(config) and isinstance(config.galore.rank, int) and config.galore.rank > 64:
         yield {"galore.rank": config.galore.rank // 2}

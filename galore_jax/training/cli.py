@@ -90,7 +90,7 @@ def help_text(usage: str, configs: Path) -> str:
     """Returns the text of ``--help``: usage, flags, the configs, and every key with its default."""
     lines = [usage.strip(), "", "flags:"]
     lines += [
-        "  --config=FILE[:ROW,method=galore|full,optimizer=NAME]   default: configs/sample.py",
+        "  --config=FILE[:ROW,method=NAME,optimizer=NAME]   default: configs/sample.py",
         "  --config.KEY=VALUE      any key below, as in --config.galore.rank=64",
         "  --workdir=DIR           default: runs/CONFIG-METHOD-OPTIMIZER",
         "  --help                  this text",

@@ -3,20 +3,21 @@
 import difflib
 import importlib.util
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 import jax
 
-from galore_jax.errors import UserError
+from galore_jax.errors import UserError, check_rank
 from galore_jax.projection import PROJ_TYPES
 from galore_jax.projectors import PROJECTOR_METHODS
+from galore_jax.recovery import RECOVERIES
 from galore_jax.rounding import ROUNDINGS
-from galore_jax.weights import path_filter
+from galore_jax.weights import path_filter, rank_by_pattern
 
 Config = Any  # an ml_collections.ConfigDict with the keys of configs/base.py
 
-METHODS = ("galore", "full", "lora", "relora", "low_rank")
+METHODS = ("galore", "galore_muon", "full", "lora", "relora", "low_rank")
 # Keys of config.model that are not a model's own, but of how it computes or would be drawn.
 OWN_MODEL_KEYS = frozenset({"attention_implementation", "loss_chunk_tokens", "init_std"})
 _AT_LEAST_ONE = (
@@ -26,9 +27,9 @@ _AT_LEAST_ONE = (
     "log_every_steps",
     "eval_tokens",
     "keep_checkpoints",
-    "galore.rank",
     "galore.update_proj_gap",
     "galore.power_iterations",
+    "muon.rounds",
     "lora.rank",
     "relora.merge_every_steps",
 )
@@ -59,6 +60,7 @@ _CHOICES = {
     "galore.projector_bits": (None, 8, 4),
     "galore.projector_dtype": (None, *_DTYPES),
     "galore.refresh_from": ("batch", "micro_batch"),
+    "galore.recovery": (None, *RECOVERIES),
     "param_rounding": ROUNDINGS,
     "updates": ("standard", "layerwise"),
 }
@@ -83,7 +85,7 @@ def check_config(config: Config) -> None:
         require(key, "at least 1", lambda x: x >= 1)
     for key in _AT_LEAST_ZERO:
         require(key, "at least 0", lambda x: x is None or x >= 0)
-    for key in ("optimizer.b1", "optimizer.b2"):
+    for key in ("optimizer.b1", "optimizer.b2", "muon.beta"):
         require(key, "at least 0 and less than 1", lambda x: x is None or 0 <= x < 1)
     require("data.seq_len", "at least 2: a token and the one it predicts", lambda x: x >= 2)
     for key in _POSITIVE:
@@ -99,7 +101,7 @@ def check_config(config: Config) -> None:
     require(
         "updates",
         f"'standard' with config.method={config.method!r}, of which little is trained at once",
-        lambda x: x == "standard" or config.method in ("galore", "full"),
+        lambda x: x == "standard" or config.method == "full" or uses_galore(config),
     )
     require("schedule.final_lr_ratio", "from 0 to 1", lambda x: 0 <= x <= 1)
     require(
@@ -115,7 +117,19 @@ def check_config(config: Config) -> None:
     require(
         "projected_gradients",
         f"None or False with config.method={config.method!r}",
-        lambda x: not x or config.method == "galore",
+        lambda x: not x or uses_galore(config),
+    )
+    require(
+        "projected_gradients",
+        f"None or False with config.galore.recovery={config.galore.recovery!r}, which needs the "
+        "full gradient",
+        lambda x: not x or config.galore.recovery is None,
+    )
+    require("optimizer.clip_growth", "greater than 1, or None", lambda x: x is None or x > 1)
+    require(
+        "optimizer.name",
+        "adamw or adamw8bit with config.method='galore_muon': Adam is for what is not projected",
+        lambda x: x in ("adamw", "adamw8bit") or config.method != "galore_muon",
     )
     require(
         "projected_gradients",
@@ -128,6 +142,11 @@ def check_config(config: Config) -> None:
         "False, or install the extra: pip install 'galore-jax[tensorboard]'",
         lambda x: not x or importlib.util.find_spec("tensorboardX") is not None,
     )
+    try:
+        rank = config.galore.rank
+        rank_by_pattern(rank) if isinstance(rank, Mapping) else check_rank(rank)
+    except (TypeError, ValueError) as error:
+        raise UserError(f"config.galore.{error}") from error
     for section in ("galore", "lora"):
         try:
             path_filter(tuple(config[section].target_modules))
@@ -150,8 +169,13 @@ def flat_items(config: Config, prefix: str = "") -> Iterator[tuple[str, Any]]:
 
 def target_modules(config: Config) -> tuple[str, ...]:
     """Returns the patterns of the matrices that the method treats apart."""
-    section = config.galore if config.method in ("galore", "full") else config.lora
-    return tuple(section.target_modules)
+    has_adapters = config.method in ("lora", "relora", "low_rank")
+    return tuple((config.lora if has_adapters else config.galore).target_modules)
+
+
+def uses_galore(config: Config) -> bool:
+    """Tells whether the method projects gradients."""
+    return config.method in ("galore", "galore_muon")
 
 
 def warmup_steps(config: Config) -> int:

@@ -18,7 +18,13 @@ from galore_jax.models.config import LlamaConfig, RopeScaling
 from galore_jax.models.huggingface_config import read_config
 from galore_jax.models.stages import BLOCKS, LAYERS, Stages
 from galore_jax.per_layer import is_leafwise
-from galore_jax.training.config import OWN_MODEL_KEYS, Config, check_config, target_modules
+from galore_jax.training.config import (
+    OWN_MODEL_KEYS,
+    Config,
+    check_config,
+    target_modules,
+    uses_galore,
+)
 from galore_jax.training.layerwise import make_layerwise_step
 from galore_jax.training.optimizer import make_optimizer, make_schedule, uses_matrices
 from galore_jax.training.step import Mode, Step, TrainState, make_train_step
@@ -102,7 +108,7 @@ class Experiment:
         """Tells whether the update after ``count`` updates makes new projectors or merges."""
         if self.config.method == "relora":
             return count > 0 and count % self.config.relora.merge_every_steps == 0
-        return self.config.method == "galore" and count % self.config.galore.update_proj_gap == 0
+        return uses_galore(self.config) and count % self.config.galore.update_proj_gap == 0
 
     def train_steps(self) -> dict[bool, Step]:
         """Makes the pure steps of a run, by what ``refreshes`` gives.
@@ -110,7 +116,7 @@ class Experiment:
         Compiled apart, ordinary steps contain no decomposition.
         """
         kinds = [False]
-        if self.config.method == "galore":
+        if uses_galore(self.config):
             kinds = [True] if self.config.galore.update_proj_gap == 1 else [False, True]
         if self.config.method == "relora":
             kinds = [False, True]
@@ -155,7 +161,8 @@ def make_experiment(config: Config) -> Experiment:
     task = make_task(config, model)
     projected = config.projected_gradients
     if projected is None:  # where it can be
-        projected = config.method == "galore" and config.optimizer.clip_norm is None
+        needs_full = config.optimizer.clip_norm is not None or config.galore.recovery is not None
+        projected = uses_galore(config) and not needs_full
     mode = Mode(
         updates=config.updates,
         projected=projected,
@@ -251,11 +258,11 @@ def summary(experiment: Experiment) -> str:
     data, schedule = config.data, config.schedule
     settings, low_rank = config.optimizer, config.galore
     method = f"{settings.name} on the full gradients"
-    if config.method == "galore":
-        method = (
-            f"galore of {settings.name}: rank {low_rank.rank}, new projector every "
-            f"{low_rank.update_proj_gap} updates, scale {low_rank.scale:g}"
-        )
+    if uses_galore(config):
+        method = f"{config.method} with {settings.name}: rank {low_rank.rank}, new projector every "
+        method += f"{low_rank.update_proj_gap} updates, scale {low_rank.scale:g}"
+        if low_rank.recovery is not None:
+            method += f", recovery by {low_rank.recovery}"
     elif config.method != "full":
         lora = config.lora
         method = f"{config.method} with {settings.name}: rank {lora.rank}"

@@ -12,11 +12,13 @@ import optax
 import optax.contrib
 
 from galore_jax.adam8bit import adamw8bit
+from galore_jax.aliases import galore_muon
 from galore_jax.errors import UserError
 from galore_jax.galore import galore
 from galore_jax.models.stages import LAYERS
+from galore_jax.norm_growth import clip_by_norm_growth
 from galore_jax.per_layer import per_layer
-from galore_jax.training.config import Config, target_modules, warmup_steps
+from galore_jax.training.config import Config, target_modules, uses_galore, warmup_steps
 from galore_jax.weights import projection_mask
 
 _SETTINGS = ("b1", "b2", "eps", "weight_decay")
@@ -81,12 +83,15 @@ def make_optimizer(
     layers = LAYERS if stacked else None
     # A part of the weights, as layerwise updates have it, may hold no matrix.
     find_matrices = functools.partial(projection_mask, target_modules=targets, must_match=False)
-    optimizer = _alias(config, schedule, find_matrices)  # which sees single layers
-    if config.method == "galore":
+    if config.method == "galore_muon":
+        optimizer = _muon(config, schedule, stacked_modules=layers, **options)
+    elif config.method == "galore":
+        optimizer = _alias(config, schedule, find_matrices)  # which sees single layers
         optimizer = galore(optimizer, stacked_modules=layers, **options)
-    elif stacked:
-        optimizer = per_layer(optimizer, LAYERS)
-    if config.method != "galore" and settings.matrix_lr_scale != 1.0:
+    else:
+        optimizer = _alias(config, schedule, find_matrices)
+        optimizer = per_layer(optimizer, LAYERS) if stacked else optimizer
+    if not uses_galore(config) and settings.matrix_lr_scale != 1.0:
         matrices = optax.masked(
             optax.scale(settings.matrix_lr_scale),
             functools.partial(find_matrices, stacked_modules=layers),
@@ -100,7 +105,7 @@ def make_optimizer(
 def uses_matrices(config: Config) -> bool:
     """Tells whether the optimizer treats the matrices of ``target_modules`` apart."""
     settings = config.optimizer
-    return config.method == "galore" or settings.matrix_lr_scale != 1.0 or settings.name == "muon"
+    return uses_galore(config) or settings.matrix_lr_scale != 1.0 or settings.name == "muon"
 
 
 def _alias(
@@ -129,9 +134,35 @@ def _alias(
                 + (", ".join(takes) or f"none of {', '.join(_SETTINGS)}")
             )
     try:
-        return make(schedule, **arguments)
+        return _limited(config, make(schedule, **arguments))
     except (TypeError, ValueError) as error:
         raise UserError(f"config.optimizer.name={settings.name} cannot be used: {error}") from error
+
+
+def _muon(
+    config: Config, schedule: optax.Schedule, **options: Any
+) -> optax.GradientTransformationExtraArgs:
+    settings = config.optimizer
+    given = {key: settings[key] for key in ("b1", "b2", "eps") if settings[key] is not None}
+    return galore_muon(
+        schedule,
+        beta=config.muon.beta,
+        rounds=config.muon.rounds,
+        weight_decay=settings.weight_decay,
+        bits=8 if settings.name == "adamw8bit" else None,
+        most_growth=settings.clip_growth,
+        **given,
+        **options,
+    )
+
+
+def _limited(
+    config: Config, optimizer: optax.GradientTransformation
+) -> optax.GradientTransformation:
+    growth = config.optimizer.clip_growth
+    if growth is None:
+        return optimizer
+    return optax.chain(clip_by_norm_growth(growth), optimizer)
 
 
 def aliases() -> dict[str, Callable[..., optax.GradientTransformation]]:

@@ -19,7 +19,7 @@ from galore_jax.models import huggingface
 from galore_jax.models.config import LlamaConfig
 from galore_jax.models.llama import Params, check_params, init_params
 from galore_jax.training.checkpoints import Checkpoints
-from galore_jax.training.config import Config
+from galore_jax.training.config import Config, uses_galore
 from galore_jax.training.experiment import model_config, with_adapters
 from galore_jax.weights import leaf_path
 
@@ -83,7 +83,7 @@ def open_run(
 
 def _as_trained(config: Config, model: LlamaConfig, params: Params) -> Any:
     """Makes of nested dicts the tree that the run's method trains, with its adapters."""
-    if config.method in ("galore", "full"):
+    if config.method == "full" or uses_galore(config):
         return params
 
     def init(key: jax.Array) -> Any:

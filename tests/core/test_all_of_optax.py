@@ -67,9 +67,11 @@ def start():
     }
 
 
+@pytest.mark.parametrize("recovery", [None, "column"])
 @pytest.mark.parametrize("name", sorted(set(ALIASES) - set(EXCLUDED)))
-def test_state_is_low_rank_and_a_quadratic_goes_down(name):
-    tx = galore(make(name), rank=3, update_proj_gap=4, scale=0.5, target_modules=PROJECTED)
+def test_state_is_low_rank_and_a_quadratic_goes_down(name, recovery):
+    options = {"target_modules": PROJECTED, "recovery": recovery}
+    tx = galore(make(name), rank=3, update_proj_gap=4, scale=0.5, **options)
     params = start()
     state = tx.init(params)
     assert not FULL_SIZES & {x.shape for x in jax.tree.leaves(state.inner_state)}
