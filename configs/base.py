@@ -97,10 +97,9 @@ def get_config(arg: str = "") -> ConfigDict:
     config.optimizer.matrix_lr_scale = 1.0
 
     config.galore = ConfigDict()
-    # A number, or a table of ranks by regular expressions on the weights' paths: the first that
-    # matches counts, as in {"q_proj|k_proj": 64, "down_proj": 256, "": 128}.
-    config.galore.rank = config_dict.placeholder(object)
-    config.galore.rank = 128
+    # A number, or ranks by regular expressions on the weights' paths, of which the first that
+    # matches counts: (("q_proj|k_proj", 64), ("down_proj", 256), ("", 128)), or a dict.
+    config.galore.rank = config_dict.FieldReference(128, field_type=object)
     config.galore.update_proj_gap = 200  # updates between two refreshes of the projectors
     config.galore.scale = 0.25  # factor on the updates of the projected matrices
     # "std": project the smaller side; "reverse_std": the larger; "full": both; "left"; "right"

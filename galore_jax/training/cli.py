@@ -117,6 +117,7 @@ def _declared(configs: Path) -> dict[str, str]:
         key, assigned, value = line.partition(" = ")
         if assigned and key.startswith("config.") and value != "ConfigDict()":
             value = re.sub(r"config_dict\.placeholder\(\w+\)", "None", value)
+            value = re.sub(r"config_dict\.FieldReference\((\w+), field_type=object\)", r"\1", value)
             comment = f"  # {' '.join(above)}" if above else ""
             declared.setdefault(key.removeprefix("config."), value + comment)
         above = [*above, line.removeprefix("# ")] if line.startswith("# ") else []
@@ -198,7 +199,9 @@ def _override(config: Any, key: str, text: str, configs: Path) -> None:
                 value = wanted(value)
             elif wanted is tuple:
                 value = tuple(value) if isinstance(value, list | tuple) else (value,)
-        if value is not None and type(value) is not wanted:
+            elif wanted is object and isinstance(value, dict):  # galore.rank, by patterns
+                value = tuple(value.items())
+        if value is not None and type(value) is not wanted and wanted is not object:
             raise ValueError
     except (ValueError, SyntaxError, TypeError) as error:
         raise UserError(

@@ -3,7 +3,7 @@
 import difflib
 import importlib.util
 import math
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import jax
@@ -142,11 +142,7 @@ def check_config(config: Config) -> None:
         "False, or install the extra: pip install 'galore-jax[tensorboard]'",
         lambda x: not x or importlib.util.find_spec("tensorboardX") is not None,
     )
-    try:
-        rank = config.galore.rank
-        rank_by_pattern(rank) if isinstance(rank, Mapping) else check_rank(rank)
-    except (TypeError, ValueError) as error:
-        raise UserError(f"config.galore.{error}") from error
+    galore_rank(config)
     for section in ("galore", "lora"):
         try:
             path_filter(tuple(config[section].target_modules))
@@ -171,6 +167,31 @@ def target_modules(config: Config) -> tuple[str, ...]:
     """Returns the patterns of the matrices that the method treats apart."""
     has_adapters = config.method in ("lora", "relora", "low_rank")
     return tuple((config.lora if has_adapters else config.galore).target_modules)
+
+
+def galore_rank(config: Config) -> int | dict[str, int | None]:
+    """Returns ``galore.rank``: a number, or a table of ranks by patterns.
+
+    Raises:
+      UserError: it is neither.
+
+    >>> from ml_collections import ConfigDict
+    >>> galore_rank(ConfigDict({"galore": {"rank": (("q_proj", 32), ("", 64))}}))
+    {'q_proj': 32, '': 64}
+    """
+    rank = config.galore.rank
+    try:
+        if hasattr(rank, "items"):
+            rank = dict(rank.items())
+        elif isinstance(rank, tuple | list):
+            rank = dict(rank)
+        rank_by_pattern(rank) if isinstance(rank, dict) else check_rank(rank)
+    except (TypeError, ValueError) as error:
+        raise UserError(
+            f"config.galore.rank={rank!r} must be an int of at least 1, or pairs of a regular "
+            f"expression and such an int: {error}"
+        ) from error
+    return rank
 
 
 def uses_galore(config: Config) -> bool:

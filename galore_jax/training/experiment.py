@@ -22,6 +22,7 @@ from galore_jax.training.config import (
     OWN_MODEL_KEYS,
     Config,
     check_config,
+    galore_rank,
     target_modules,
     uses_galore,
 )
@@ -155,6 +156,9 @@ def make_experiment(config: Config) -> Experiment:
       UserError: a value that is not allowed, or settings that do not go together.
     """
     check_config(config)
+    rank = galore_rank(config)
+    if isinstance(rank, dict):  # a ConfigDict copies no dict whose keys have dots
+        config.galore.rank = tuple(rank.items())
     if config.init_from is not None:
         config = _with_sizes_of(Path(config.init_from).expanduser(), config)
     model = model_config(config)
@@ -259,7 +263,12 @@ def summary(experiment: Experiment) -> str:
     settings, low_rank = config.optimizer, config.galore
     method = f"{settings.name} on the full gradients"
     if uses_galore(config):
-        method = f"{config.method} with {settings.name}: rank {low_rank.rank}, new projector every "
+        rank = galore_rank(config)
+        if isinstance(rank, dict):
+            rank = ", ".join(
+                f"{number} ({pattern or 'all other'})" for pattern, number in rank.items()
+            )
+        method = f"{config.method} with {settings.name}: rank {rank}, new projector every "
         method += f"{low_rank.update_proj_gap} updates, scale {low_rank.scale:g}"
         if low_rank.recovery is not None:
             method += f", recovery by {low_rank.recovery}"
@@ -320,9 +329,10 @@ def _layer_optimizer(experiment: Experiment) -> optax.GradientTransformationExtr
     layer = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape[1:], x.dtype), params[BLOCKS])
     params = {**params, BLOCKS: layer}
     mask = projection_mask(params, tuple(config.galore.target_modules), must_match=False)
-    # A leaf of each kind is enough, and takes a third of the time.
+    # A leaf of each kind is enough, and takes a third of the time; but ranks by patterns need all.
     leaves, treedef = jax.tree.flatten(params)
-    kinds = list(zip(leaves, jax.tree.leaves(mask), strict=True))
+    ranks = [isinstance(galore_rank(config), dict) and i for i in range(len(leaves))]
+    kinds = list(zip(leaves, jax.tree.leaves(mask), ranks, strict=True))
     few = [
         kind[0] if kinds.index(kind) == i else optax.MaskedNode() for i, kind in enumerate(kinds)
     ]

@@ -18,7 +18,13 @@ from galore_jax.galore import galore
 from galore_jax.models.stages import LAYERS
 from galore_jax.norm_growth import clip_by_norm_growth
 from galore_jax.per_layer import per_layer
-from galore_jax.training.config import Config, target_modules, uses_galore, warmup_steps
+from galore_jax.training.config import (
+    Config,
+    galore_rank,
+    target_modules,
+    uses_galore,
+    warmup_steps,
+)
 from galore_jax.weights import projection_mask
 
 _SETTINGS = ("b1", "b2", "eps", "weight_decay")
@@ -79,6 +85,7 @@ def make_optimizer(
     """
     settings, options = config.optimizer, config.galore.to_dict()
     options["target_modules"] = targets = target_modules(config)
+    options["rank"] = galore_rank(config)
     del options["refresh_from"]  # the steps' own
     layers = LAYERS if stacked else None
     # A part of the weights, as layerwise updates have it, may hold no matrix.
