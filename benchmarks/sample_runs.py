@@ -10,14 +10,19 @@ from galore_jax.training.metrics import read_metrics
 ROOT = Path(__file__).parents[1]
 
 
-def train(config: str, workdir: Path, overrides: Mapping[str, object]) -> int:
-    """Trains with these config keys changed, evaluating at the end; the exit code."""
+def train(
+    config: str, workdir: Path, overrides: Mapping[str, object], *, evaluate: bool = False
+) -> int:
+    """Trains with these config keys changed; the exit code.
+
+    It evaluates at the end, or with ``evaluate`` as often as the config says.
+    """
     command = [
         sys.executable,
         str(ROOT / "train.py"),
         f"--config={config}",
         *(f"--config.{key}={value}" for key, value in overrides.items()),
-        "--config.eval_every_steps=0",
+        *(() if evaluate else ("--config.eval_every_steps=0",)),
         "--config.checkpoint_every_steps=0",
         f"--workdir={workdir}",
     ]
