@@ -1,5 +1,8 @@
 """LoRA, ReLoRA and low-rank kernels against their definitions."""
 
+import dataclasses
+from pathlib import Path
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -17,6 +20,8 @@ from galore_jax.adapters import (
     trainable,
     with_trainable,
 )
+
+GOLDEN = Path(__file__).parents[1] / "golden"
 
 
 @pytest.fixture
@@ -165,3 +170,47 @@ def test_factors_have_the_variance_of_the_kernels(params):
 def test_bad_options(params, options, message):
     with pytest.raises(ValueError, match=message):
         lora(params, **options)
+
+
+def test_equals_qwix():
+    """Outputs, gradients, ten updates of Adam, and what is merged in the end, as qwix has them."""
+    golden = np.load(GOLDEN / "qwix_lora.npz")
+
+    def weights(when):
+        plain = {k: golden[f"{when}/{k}/kernel"] for k in ("up", "down", "head")}
+        options = {"rank": int(golden["rank"]), "alpha": float(golden["alpha"])}
+        params = add_lora(plain, jax.random.key(0), target_modules="up|down", **options)
+        for name in ("up", "down"):
+            a, b = (golden[f"{when}/{name}/kernel_lora_{x}"] for x in "ab")
+            params[name] = dataclasses.replace(params[name], a=a, b=b)
+        return jax.tree.map(jnp.asarray, params)
+
+    def outputs(params):
+        x = golden["x"]
+        hidden = jax.nn.silu(linear(x, params["up"]))
+        return linear(x + linear(hidden, params["down"]), params["head"])
+
+    def loss(trained):
+        return jnp.mean((outputs(with_trainable(params, trained)) - golden["y"]) ** 2)
+
+    params = weights("start")
+    np.testing.assert_allclose(outputs(params), golden["outputs"], atol=1e-5)
+    trained = trainable(params)
+    grads = jax.grad(loss)(trained)
+    for name in ("up", "down"):
+        for part in "ab":
+            expected = golden[f"grad/{name}/kernel_lora_{part}"]
+            np.testing.assert_allclose(getattr(grads[name], part), expected, atol=1e-5)
+    adapters = lambda tree: {name: tree[name] for name in ("up", "down")}  # noqa: E731
+    tx = optax.adam(1e-2)
+    state = tx.init(adapters(trained))
+    for _ in range(10):
+        updates, state = tx.update(adapters(jax.grad(loss)(trained)), state)
+        trained = {**trained, **optax.apply_updates(adapters(trained), updates)}
+    end = with_trainable(params, trained)
+    for name in ("up", "down"):  # entries of Adam's first updates are of 1e-2
+        for part in "ab":
+            expected = golden[f"end/{name}/kernel_lora_{part}"]
+            np.testing.assert_allclose(getattr(end[name], part), expected, atol=1e-4)
+    np.testing.assert_allclose(outputs(end), golden["end_outputs"], atol=1e-3)
+    np.testing.assert_allclose(outputs(merge(weights("end"))), golden["end_outputs"], atol=1e-5)
