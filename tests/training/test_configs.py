@@ -55,6 +55,25 @@ def test_state_bytes_of_the_papers_models(row, params, galore):
         assert counted.total - counted.other == expected
 
 
+@pytest.mark.parametrize(
+    ("row", "arg", "expected"),
+    [
+        ("1b", "", 1_480_966_144),
+        ("7b", "", 6_166_691_840),
+        ("7b", ",optimizer=adamw8bit", 4_056_367_232),
+    ],
+)
+def test_state_bytes_of_galore_muon(row, arg, expected):
+    """One low-rank moment a matrix: GaLore's bytes less a moment of R of each."""
+    state = make_experiment(load(f"llama:{row}", f"method=galore_muon{arg}")).abstract_state()
+    counted = count_state(state.opt_state)
+    assert counted.total - counted.other == expected
+    if not arg:
+        adam = make_experiment(load(f"llama:{row}")).abstract_state().opt_state
+        matrices = count_state(adam).second_moments - counted.second_moments
+        assert counted.total - counted.other == count_state(adam).total - 12 - matrices
+
+
 @pytest.mark.parametrize(("row", "arg"), [("7b", "optimizer=adamw8bit"), ("7b_24gb", "")])
 def test_8_bit_state_of_the_7b_model_is_the_published_size(row, arg):
     # 5380.51 MiB, scales left out: moments of one byte, small leaves' float32 ones too, projectors
