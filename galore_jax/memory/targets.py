@@ -50,7 +50,7 @@ def target_names() -> list[str]:
     >>> "rtx4090" in target_names()
     True
     """
-    return [*_LOCAL, *_known_targets()]
+    return [*_LOCAL, *known_targets()]
 
 
 def prepare_process() -> None:
@@ -84,7 +84,7 @@ def find_target(name: str) -> Target:
     if name in _LOCAL:
         device = jax.devices("cpu")[0] if name == "cpu" else jax.local_devices()[0]
         return Target(name, device.device_kind, device.platform, _local_memory(device), device)
-    tables = _known_targets()
+    tables = known_targets()
     if name.endswith(".toml"):
         if not Path(name).is_file():
             raise UserError(f"--target={name}: there is no such file")
@@ -101,7 +101,12 @@ def find_target(name: str) -> Target:
         return _remote_target(name, tables[name])
 
 
-def _known_targets() -> dict[str, dict[str, Any]]:
+def known_targets() -> dict[str, dict[str, Any]]:
+    """Reads ``targets.toml``: the facts of each device, by its name for ``--target``.
+
+    >>> known_targets()["h100"]["label"]
+    'H100 SXM'
+    """
     return tomllib.loads(_FOLDER.joinpath("targets.toml").read_text())
 
 
