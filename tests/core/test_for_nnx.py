@@ -2,7 +2,6 @@
 
 import json
 import math
-import os
 import pathlib
 import subprocess
 import sys
@@ -12,6 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+from eight_devices import run_on_eight_devices
 from flax import nnx
 
 import galore_jax
@@ -45,22 +45,7 @@ UNSHARDED = {
 
 @pytest.fixture(scope="module")
 def seen():
-    environment = {
-        **os.environ,
-        "JAX_PLATFORMS": "cpu",
-        "OPENBLAS_NUM_THREADS": "1",  # else every virtual device's SVD has threads of its own
-        "XLA_FLAGS": "--xla_force_host_platform_device_count=8 "
-        "--xla_cpu_collective_call_terminate_timeout_seconds=300",
-        "PYTHONPATH": str(SCRIPT.parents[2]),
-    }
-    done = subprocess.run(
-        [sys.executable, str(SCRIPT)],
-        env=environment,
-        capture_output=True,
-        text=True,
-        timeout=550,
-        check=False,
-    )
+    done = run_on_eight_devices(SCRIPT)
     assert done.returncode == 0, done.stderr[-3000:]
     return json.loads(done.stdout)
 

@@ -1,12 +1,10 @@
 """Sharded params on 8 virtual devices (a 4 x 2 mesh): the same training, and a sharded state."""
 
 import json
-import os
 import pathlib
-import subprocess
-import sys
 
 import pytest
+from eight_devices import run_on_eight_devices
 
 SCRIPT = pathlib.Path(__file__).parent / "sharded.py"
 ROOT = SCRIPT.parents[2]
@@ -15,22 +13,7 @@ PROJECTOR_METHODS = ("svd", "eigh", "subspace_iteration", "randomized", "random"
 
 @pytest.fixture(scope="module")
 def seen():
-    environment = {
-        **os.environ,
-        "JAX_PLATFORMS": "cpu",
-        # On a busy machine with fewer cores than devices, some arrive late where others wait.
-        "XLA_FLAGS": "--xla_force_host_platform_device_count=8 "
-        "--xla_cpu_collective_call_terminate_timeout_seconds=300",
-        "PYTHONPATH": str(ROOT),
-    }
-    done = subprocess.run(
-        [sys.executable, str(SCRIPT)],
-        env=environment,
-        capture_output=True,
-        text=True,
-        timeout=400,
-        check=False,
-    )
+    done = run_on_eight_devices(SCRIPT)
     assert done.returncode == 0, done.stderr[-3000:]
     return json.loads(done.stdout)
 

@@ -2,12 +2,10 @@
 
 import importlib.util
 import json
-import os
 import pathlib
-import subprocess
-import sys
 
 import pytest
+from eight_devices import run_on_eight_devices
 
 pytestmark = [
     pytest.mark.slow,
@@ -17,32 +15,13 @@ pytestmark = [
     ),
 ]
 ROOT = pathlib.Path(__file__).parents[2]
-ENVIRONMENT = {
-    **os.environ,
-    "JAX_PLATFORMS": "cpu",
-    "OPENBLAS_NUM_THREADS": "1",  # else every virtual device's SVD has threads of its own
-    "XLA_FLAGS": "--xla_force_host_platform_device_count=8 "
-    "--xla_cpu_collective_call_terminate_timeout_seconds=300",
-    "PYTHONPATH": str(ROOT),
-}
 SCALARS = {"step", "opt_state/count", "opt_state/inner_state/0/count"}
-
-
-def run(*arguments):
-    return subprocess.run(
-        [sys.executable, *map(str, arguments)],
-        env=ENVIRONMENT,
-        capture_output=True,
-        text=True,
-        timeout=590,
-        check=False,
-    )
 
 
 @pytest.fixture(scope="module")
 def seen(tmp_path_factory):
     folder = tmp_path_factory.mktemp("checkpoints")
-    done = run(pathlib.Path(__file__).parent / "tunix_on_mesh.py", folder)
+    done = run_on_eight_devices(pathlib.Path(__file__).parent / "tunix_on_mesh.py", folder)
     assert done.returncode == 0, done.stderr[-3000:]
     found, not_saved = map(json.loads, done.stdout.splitlines()[-2:])
     return {**found, "not saved": not_saved}
@@ -93,7 +72,7 @@ def test_collectives_are_close_to_those_of_adamw(seen):
 
 
 def test_the_command(tmp_path):
-    done = run(
+    done = run_on_eight_devices(
         ROOT / "examples/scale_out_tunix.py",
         "--mesh=2,2",
         "--steps=2",

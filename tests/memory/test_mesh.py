@@ -1,14 +1,12 @@
 """Counted bytes of one device of a mesh, against real arrays on 8 virtual devices."""
 
 import json
-import os
 import pathlib
-import subprocess
-import sys
 
 import jax
 import optax
 import pytest
+from eight_devices import run_on_eight_devices
 
 from galore_jax.errors import UserError
 from galore_jax.memory import __main__ as command
@@ -21,15 +19,7 @@ SCRIPT = pathlib.Path(__file__).parent / "bytes_on_mesh.py"
 
 @pytest.mark.slow
 def test_counted_bytes_are_those_of_real_shards():
-    environment = {
-        **os.environ,
-        "JAX_PLATFORMS": "cpu",
-        "XLA_FLAGS": "--xla_force_host_platform_device_count=8",
-        "PYTHONPATH": str(SCRIPT.parents[2]),
-    }
-    done = subprocess.run(
-        [sys.executable, str(SCRIPT)], env=environment, capture_output=True, text=True, check=False
-    )
+    done = run_on_eight_devices(SCRIPT)
     assert done.returncode == 0, done.stderr[-3000:]
     found = json.loads(done.stdout)
     assert len(found) == 18
