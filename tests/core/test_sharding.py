@@ -7,7 +7,6 @@ import pytest
 from eight_devices import run_on_eight_devices
 
 SCRIPT = pathlib.Path(__file__).parent / "sharded.py"
-ROOT = SCRIPT.parents[2]
 PROJECTOR_METHODS = ("svd", "eigh", "subspace_iteration", "randomized", "random")
 
 
