@@ -246,7 +246,7 @@ def galore_muon(
     most_growth: float | None = None,
     **galore_options: Unpack[GaLoreOptions],
 ) -> optax.GradientTransformationExtraArgs:
-    r"""Runs orthogonalised momentum on the projected gradients, and Adam on all other leaves.
+    r"""Runs orthogonalised momentum on projected gradients, Nesterov's Adam on all other leaves.
 
     A projected m x n matrix has one moment, of the shape of R: its state is ``m r + n r`` numbers,
     where Adam's in GaLore is ``m r + 2 n r``, and Muon's ``m n``. Its update is
@@ -263,7 +263,8 @@ def galore_muon(
       adam_learning_rate: of all other leaves; None for the same.
       beta: decay of the momentum.
       rounds: of the orthogonalisation, see ``galore_jax.muon.orthogonalize``.
-      b1, b2, eps: Adam's, see ``optax.adamw``.
+      b1, b2, eps: Adam's, see ``optax.nadamw``: as in ``optax.contrib.muon``, its momentum is
+        Nesterov's.
       weight_decay, mask: of all leaves, times the learning rate of each, see ``optax.adamw``.
       bits: 8 to keep the momentum, and Adam's moments, in 8 bits.
       most_growth: of each low-rank gradient's norm, see ``galore_jax.norm_growth``; None for any.

@@ -174,7 +174,8 @@ def low_rank_muon(
         return jax.tree_util.tree_map_with_path(scale, updates)
 
     momentum = scale_by_orthogonal_momentum(beta, rounds, bits=bits)
-    adam = optax.scale_by_adam(b1, b2, eps) if bits is None else scale_by_adam8bit(b1, b2, eps)
+    make_adam = optax.scale_by_adam if bits is None else scale_by_adam8bit
+    adam = make_adam(b1, b2, eps, nesterov=True)
     matrices = optax.chain(momentum, optax.stateless(by_shape))
     rates = {"matrices": learning_rate, "rest": adam_learning_rate}
     limiter = [] if most_growth is None else [clip_by_norm_growth(most_growth)]

@@ -70,7 +70,7 @@ def test_full_rank_is_muon_of_optax():
 def test_update_is_low_rank_with_even_singular_values_and_the_rest_is_adam():
     params, gradients = _tree(0), _tree(1)
     tx = galore_muon(0.1, rank=4, adam_learning_rate=0.01, b2=0.99)
-    adam = optax.adam(0.01, b2=0.99)
+    adam = optax.nadam(0.01, b2=0.99)
     state, plain = tx.init(params), adam.init(params)
     for _ in range(3):
         updates, state = tx.update(gradients, state, params)
@@ -194,7 +194,7 @@ def test_extreme_gradients_give_no_nan(scale):
 def test_leaves_without_a_rank_go_to_adam():
     params = _tree(0)
     tx = galore_muon(0.1, rank={"wide": 4, "": None}, adam_learning_rate=0.01)
-    adam = optax.adam(0.01)
+    adam = optax.nadam(0.01)
     updates, _ = tx.update(_tree(1), tx.init(params), params)
     expected, _ = adam.update(_tree(1), adam.init(params), params)
     np.testing.assert_allclose(updates["tall"], expected["tall"], rtol=1e-6)
