@@ -37,9 +37,12 @@ def get_config(arg: str = "") -> ConfigDict:
     config.keep_checkpoints = 2  # the newest ones
     config.tensorboard = False  # write event files to the workdir too
     config.dtype = "bfloat16"  # of activations and matrix products
-    config.param_dtype = "bfloat16"  # of weights, gradients, projectors and moments
-    # Of bfloat16 weights: "nearest" loses updates below about a 256th of one, "stochastic" not.
-    config.param_rounding = "nearest"
+    # Of weights, gradients, projectors and moments. "int8": of weights alone, all else in dtype;
+    # no copy in floats is kept (docs/int8.md).
+    config.param_dtype = "bfloat16"
+    # Of bfloat16 and int8 weights: "nearest" loses updates below about a 256th of one, "stochastic"
+    # not. None: "stochastic" for int8, else "nearest".
+    config.param_rounding = config_dict.placeholder(str)
     # "standard": all gradients, then all updates. "layerwise": each layer's weights are updated as
     # soon as its gradient is there, so that one layer's exists at a time (README, "Modes").
     config.updates = "standard"

@@ -19,6 +19,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
+from galore_jax.int8_kernels import is_int8
 from galore_jax.weights import Patterns, projection_mask
 
 
@@ -244,7 +245,7 @@ def with_trainable(params: Any, trained: Any, dropout_key: jax.Array | None = No
     >>> with_trainable(params, trainable(params))["kernel"].kernel.shape
     (4, 6)
     """
-    leaves, treedef = jax.tree.flatten(params, is_leaf=is_adapter)
+    leaves, treedef = jax.tree.flatten(params, is_leaf=lambda x: is_adapter(x) or is_int8(x))
     nodes = []
     for i, (leaf, new) in enumerate(zip(leaves, treedef.flatten_up_to(trained), strict=True)):
         node = dataclasses.replace(new, kernel=leaf.kernel) if isinstance(leaf, LoRAKernel) else new

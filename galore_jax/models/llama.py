@@ -9,6 +9,7 @@ import jax.numpy as jnp
 from flax import nnx, traverse_util
 
 from galore_jax.errors import UserError
+from galore_jax.int8_kernels import is_int8
 from galore_jax.kernels import linear
 from galore_jax.models.attention import Cache, causal_attention, rotary
 from galore_jax.models.config import LlamaConfig
@@ -318,4 +319,4 @@ def count_params(params: Params) -> int:
     >>> count_params({"kernel": jnp.zeros((3, 4)), "scale": jax.ShapeDtypeStruct((4,), float)})
     16
     """
-    return sum(math.prod(leaf.shape) for leaf in jax.tree.leaves(params))
+    return sum(math.prod(leaf.shape) for leaf in jax.tree.leaves(params, is_leaf=is_int8))

@@ -52,7 +52,7 @@ _POSITIVE = (
 _DTYPES = ("bfloat16", "float16", "float32")
 _CHOICES = {
     "dtype": _DTYPES,
-    "param_dtype": _DTYPES,
+    "param_dtype": (*_DTYPES, "int8"),
     "method": METHODS,
     "data.name": ("c4", "sample"),
     "galore.proj_type": PROJ_TYPES,
@@ -61,7 +61,7 @@ _CHOICES = {
     "galore.projector_dtype": (None, *_DTYPES),
     "galore.refresh_from": ("batch", "micro_batch"),
     "galore.recovery": (None, *RECOVERIES),
-    "param_rounding": ROUNDINGS,
+    "param_rounding": (None, *ROUNDINGS),
     "updates": ("standard", "layerwise"),
 }
 

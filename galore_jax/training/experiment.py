@@ -12,6 +12,7 @@ import optax
 from galore_jax.adapters import add_lora, factorize, trainable
 from galore_jax.data.batches import DataConfig
 from galore_jax.errors import UserError
+from galore_jax.int8_kernels import decoded, float_variables
 from galore_jax.memory.count import tree_bytes
 from galore_jax.models import huggingface, llama
 from galore_jax.models.config import LlamaConfig, RopeScaling
@@ -68,7 +69,8 @@ class Experiment:
 
     def _start(self, params: Any, key: jax.Array) -> TrainState:
         params = with_adapters(self.config, params, jax.random.fold_in(key, 1))
-        return TrainState(jnp.zeros([], jnp.int32), params, self.optimizer.init(trainable(params)))
+        opt_state = self.optimizer.init(decoded(trainable(params)))
+        return TrainState(jnp.zeros([], jnp.int32), params, opt_state)
 
     def first_state(self) -> TrainState:
         """Makes that state on the device, with new weights or those of ``config.init_from``.
@@ -96,7 +98,8 @@ class Experiment:
             state = jax.eval_shape(self.init, jax.random.key(self.config.seed))
             if uses_matrices(self.config):
                 targets = target_modules(self.config)
-                projection_mask(state.params, targets, stacked_modules=LAYERS)
+                weights = jax.eval_shape(decoded, state.params)
+                projection_mask(weights, targets, stacked_modules=LAYERS)
             return state
         except (TypeError, ValueError) as error:
             raise UserError(f"the optimizer does not fit the model: {error}") from error
@@ -133,7 +136,7 @@ class Experiment:
         """Returns the shapes of all gradients of a step without new projectors."""
         state = self.abstract_state()
         if not self.mode.projected:
-            return jax.eval_shape(trainable, state.params)
+            return jax.eval_shape(lambda x: float_variables(trainable(x)), state.params)
         return jax.eval_shape(self.mode.variables, state.params, state.opt_state)
 
     def gradient_bytes(self) -> int:
@@ -167,13 +170,14 @@ def make_experiment(config: Config) -> Experiment:
     if projected is None:  # where it can be
         needs_full = config.optimizer.clip_norm is not None or config.galore.recovery is not None
         projected = uses_galore(config) and not needs_full
+    is_int8 = model.param_dtype == jnp.int8
     mode = Mode(
         updates=config.updates,
         projected=projected,
         proj_type=config.galore.proj_type,
         micro_batches=config.batch_size // config.micro_batch_size,
         refresh_from=config.galore.refresh_from,
-        rounding=config.param_rounding,
+        rounding=config.param_rounding or ("stochastic" if is_int8 else "nearest"),
         dropout_seed=config.seed if _drops(config) else None,
         prune_ratio=config.relora.prune_ratio if config.method == "relora" else None,
     )
@@ -325,7 +329,7 @@ def _layer_optimizer(experiment: Experiment) -> optax.GradientTransformationExtr
             "norm is known only when all gradients are; give --config.optimizer.clip_norm=None"
         )
     tx = make_optimizer(config, experiment.schedule, stacked=False)
-    params = experiment.abstract_state().params
+    params = jax.eval_shape(decoded, experiment.abstract_state().params)
     layer = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape[1:], x.dtype), params[BLOCKS])
     params = {**params, BLOCKS: layer}
     mask = projection_mask(params, tuple(config.galore.target_modules), must_match=False)

@@ -9,6 +9,7 @@ import jax.numpy as jnp
 import optax
 
 from galore_jax.adapters import is_adapter, restart, trainable, with_trainable
+from galore_jax.int8_kernels import decoded, float_variables, with_float_variables
 from galore_jax.models.stages import KERNELS, Stages
 from galore_jax.projected_grad import gradient_variables, project_gradients, with_variables
 from galore_jax.projection import ProjType
@@ -118,29 +119,35 @@ def make_train_step(
         if mode.dropout_seed is not None:
             parts["part"] = jnp.arange(mode.micro_batches)
         trained = trainable(state.params)
+        weights = decoded(trained)  # as the optimizer sees them, where it does
 
-        def part_of_mean(trained: Any, part: Batch) -> jax.Array:
+        def part_of_mean(nodes: Any, part: Batch) -> jax.Array:
             key = None
             if mode.dropout_seed is not None:
                 key = jax.random.fold_in(jax.random.key(mode.dropout_seed), state.step)
                 key = jax.random.fold_in(key, part["part"])
-            params = with_trainable(state.params, trained, key)
+            params = with_trainable(state.params, nodes, key)
             return task.loss(model.forward(params, part), part) * per_target
+
+        def full_part_of_mean(variables: Any, part: Batch) -> jax.Array:
+            return part_of_mean(with_float_variables(trained, variables), part)
 
         opt_state, norms, update_refreshes = state.opt_state, {}, refresh
         from_batch = mode.refresh_from == "batch" or mode.micro_batches == 1
         if not mode.projected or (refresh and from_batch):
-            loss, grads = sum_over_parts(jax.value_and_grad(part_of_mean), trained, parts)
-            grads = cast_like(trained, grads)
+            variables = float_variables(trained)
+            loss, grads = sum_over_parts(jax.value_and_grad(full_part_of_mean), variables, parts)
+            grads = cast_like(variables, grads)
             norms["grad_norm"] = gradient_norm(grads)
         else:
             first = ()
             if refresh:
                 head = jax.tree.map(lambda x: x[0], parts)
                 parts = jax.tree.map(lambda x: x[1:], parts)
-                loss, grads = jax.value_and_grad(part_of_mean)(state.params, head)
+                variables = float_variables(trained)
+                loss, grads = jax.value_and_grad(full_part_of_mean)(variables, head)
                 norms["grad_norm"] = gradient_norm(grads)
-                opt_state = tx.refresh(grads, opt_state, state.params)  # pyright: ignore
+                opt_state = tx.refresh(grads, opt_state, weights)  # pyright: ignore
                 first = loss, mode.project(grads, opt_state)
             variables = mode.variables(state.params, opt_state)
 
@@ -155,7 +162,7 @@ def make_train_step(
             update_refreshes = False
 
         updates, opt_state = tx.update(
-            grads, opt_state, trained, value=loss, refresh=update_refreshes
+            grads, opt_state, weights, value=loss, refresh=update_refreshes
         )
         if mode.projected and "projected_grad_norm" not in norms:
             norms["projected_grad_norm"] = gradient_norm(mode.project(grads, opt_state))
