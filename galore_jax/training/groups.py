@@ -44,7 +44,7 @@ class Groups:
         """Takes the params and the state of a group, of the layer of that index in the blocks."""
 
         def take(i: int, axes: Any, x: Any) -> Any:
-            return take_layer(x, _fill(x, axes), index) if i in (group, -1) else optax.MaskedNode()
+            return _take(x, axes, index) if i in (group, -1) else optax.MaskedNode()
 
         taken = self._map(take, state)
         return taken.params, taken.opt_state
@@ -56,7 +56,7 @@ class Groups:
         replaced = (group, -1) if group == self.before else (group,)
 
         def put(i: int, axes: Any, x: Any, new: Any) -> Any:
-            return put_layer(x, _fill(x, axes), index, new) if i in replaced else x
+            return put_layer(x, _of_arrays(axes, x), index, new) if i in replaced else x
 
         return self._map(put, state, TrainState(state.step, params, opt_state))
 
@@ -107,6 +107,15 @@ def find_groups(model: Stages, tx: optax.GradientTransformation, state: TrainSta
 def take_all(blocks: Any, index: jax.Array) -> Any:
     """Takes one layer of the params of all blocks."""
     return take_layer(blocks, _fill(blocks, True), index)
+
+
+def _take(tree: Any, axes: Any, index: Any) -> Any:
+    return take_layer(tree, _of_arrays(axes, tree), index)
+
+
+def _of_arrays(axes: Any, tree: Any) -> Any:
+    """Spreads what is known of an ``Int8Kernel`` over its arrays."""
+    return _fill(tree, axes) if isinstance(axes, bool) else axes
 
 
 def _fill(tree: Any, value: Any) -> Any:
