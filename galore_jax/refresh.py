@@ -48,7 +48,9 @@ def refresh_projectors(
         # No key is made, and no random number drawn, where the projectors stay.
         key, after = jax.random.fold_in(jax.random.key(options.seed), state.count), {}
         for i, kept in before.items():
-            matrix = spec[i].to_matrix(leaves[i][1])
+            # One leaf after the other: their workspaces are not to exist at once.
+            gradient, after = jax.lax.optimization_barrier((leaves[i][1], after))
+            matrix = spec[i].to_matrix(gradient)
             after[i] = _refreshed(options.projector, spec[i], *rounds, key, matrix, *kept)
         return after
 
