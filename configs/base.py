@@ -119,6 +119,10 @@ def get_config(arg: str = "") -> ConfigDict:
     config.galore.projector_bits = config_dict.placeholder(int)  # 8 or 4 for integers; None: dtype
     config.galore.target_modules = ("attn", "mlp")  # regular expressions on the weights' paths
 
+    # From 0 to 1: a matrix whose successive projectors overlap by at least this much waits twice as
+    # long for the next one (docs/int8.md); None: all are refreshed every update_proj_gap updates.
+    config.galore.lazy_refresh = config_dict.placeholder(float)
+
     # "column" or "matrix": add the gradient outside the subspace, scaled as the optimizer scales
     # what is inside, by columns or by matrices (Fira). It needs the full gradients.
     config.galore.recovery = config_dict.placeholder(str)

@@ -55,8 +55,12 @@ ROWS = {
     "1b": (100_000, 32, 512, 200, 0.01, 0.0005),
     "7b": (150_000, 16, 1024, 500, 0.005, 0.0005),
     "7b_24gb": (4_800_000, 16, 1024, 500, 0.005, 0.0005),
+    "7b_12gb": (4_800_000, 1, 1024, 500, 0.004, 0.0005),
+    "7b_16gb": (4_800_000, 1, 1024, 500, 0.004, 0.0005),
+    "13b_24gb": (4_800_000, 1, 1280, 500, 0.004, 0.0005),
     "70b": (150_000, 16, 2048, 500, 0.005, 0.0005),
 }
+INT8_ROWS = ("7b_12gb", "7b_16gb", "13b_24gb")
 
 
 def get_config(arg: str = "") -> ConfigDict:
@@ -66,8 +70,9 @@ def get_config(arg: str = "") -> ConfigDict:
             f"configs/llama.py has no row {row!r}; give one of {', '.join(ROWS)} after the colon, "
             "as in --config=configs/llama.py:60m,method=full"
         )
-    config = base.get_config(f"optimizer=adamw8bit,{rest}" if row == "7b_24gb" else rest)
-    sizes = dataclasses.asdict(PRESETS[f"llama_{row.removesuffix('_24gb')}"])
+    size, _, card = row.partition("_")
+    config = base.get_config(f"optimizer=adamw8bit,{rest}" if card else rest)
+    sizes = dataclasses.asdict(PRESETS[f"llama_{size}"])
     config.model.update({key: sizes[key] for key in config.model})
     steps, micro_batch, rank, gap, galore_lr, full_lr = ROWS[row]
     config.train_steps = steps
@@ -75,11 +80,14 @@ def get_config(arg: str = "") -> ConfigDict:
     config.galore.rank = config.lora.rank = rank
     config.galore.update_proj_gap = gap
     config.schedule.peak_lr = full_lr if config.method == "full" else galore_lr
-    config.remat = row in ("1b", "7b", "7b_24gb", "70b")
+    config.remat = size in ("1b", "7b", "13b", "70b")
     if row == "7b":
         config.optimizer.clip_norm = 1.0
-    if row == "7b_24gb":
+    if card:
         config.batch_size = 16
         config.updates = "layerwise"
         config.eval_every_steps = config.checkpoint_every_steps = 32_000
+    if row in INT8_ROWS:
+        config.param_dtype = "int8"
+        config.galore.projector_bits = 4
     return config

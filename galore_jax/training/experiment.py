@@ -13,6 +13,7 @@ from galore_jax.adapters import add_lora, factorize, trainable
 from galore_jax.data.batches import DataConfig
 from galore_jax.errors import UserError
 from galore_jax.int8_kernels import decoded, float_variables
+from galore_jax.lazy_refresh import times_in
 from galore_jax.memory.count import tree_bytes
 from galore_jax.models import huggingface, llama
 from galore_jax.models.config import LlamaConfig, RopeScaling
@@ -108,11 +109,20 @@ class Experiment:
         """Returns the shapes of a batch."""
         return self.task.abstract_batch(sequences)
 
-    def refreshes(self, count: int) -> bool:
-        """Tells whether the update after ``count`` updates makes new projectors or merges."""
+    def refreshes(self, count: int, state: TrainState | None = None) -> bool:
+        """Tells whether the update after ``count`` updates makes new projectors or merges.
+
+        Args:
+          count: updates so far.
+          state: the state after them. With lazy refreshes it tells whether a matrix is due; without
+            it each update that may refresh counts as one.
+        """
         if self.config.method == "relora":
             return count > 0 and count % self.config.relora.merge_every_steps == 0
-        return uses_galore(self.config) and count % self.config.galore.update_proj_gap == 0
+        if not uses_galore(self.config) or count % self.config.galore.update_proj_gap:
+            return False
+        times = () if state is None else times_in(state.opt_state)
+        return not times or any((jax.device_get(x.due_at) <= count).any() for x in times)
 
     def train_steps(self) -> dict[bool, Step]:
         """Makes the pure steps of a run, by what ``refreshes`` gives.
@@ -175,6 +185,7 @@ def make_experiment(config: Config) -> Experiment:
         updates=config.updates,
         projected=projected,
         proj_type=config.galore.proj_type,
+        update_proj_gap=config.galore.update_proj_gap,
         micro_batches=config.batch_size // config.micro_batch_size,
         refresh_from=config.galore.refresh_from,
         rounding=config.param_rounding or ("stochastic" if is_int8 else "nearest"),
@@ -274,6 +285,8 @@ def summary(experiment: Experiment) -> str:
             )
         method = f"{config.method} with {settings.name}: rank {rank}, new projector every "
         method += f"{low_rank.update_proj_gap} updates, scale {low_rank.scale:g}"
+        if low_rank.lazy_refresh is not None:
+            method += f" at the least (lazy, overlap {low_rank.lazy_refresh:g})"
         if low_rank.recovery is not None:
             method += f", recovery by {low_rank.recovery}"
     elif config.method != "full":

@@ -30,6 +30,7 @@ from galore_jax.training.step import (
     Step,
     TrainState,
     cast_like,
+    count_refreshes,
     split_batch,
     sum_of_squares,
     sum_over_parts,
@@ -65,6 +66,7 @@ def make_layerwise_step(
             state, metrics = step.add_up_and_walk(state, parts, per_target)
         learning_rate = jnp.asarray(schedule(state.step), jnp.float32)
         metrics = {**metrics, "learning_rate": learning_rate, "tokens": tokens}
+        metrics |= count_refreshes(state.opt_state, state.step, mode.update_proj_gap)
         return state._replace(step=state.step + 1), metrics
 
     return train_step

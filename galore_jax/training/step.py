@@ -10,6 +10,7 @@ import optax
 
 from galore_jax.adapters import is_adapter, restart, trainable, with_trainable
 from galore_jax.int8_kernels import decoded, float_variables, with_float_variables
+from galore_jax.lazy_refresh import times_in
 from galore_jax.models.stages import KERNELS, Stages
 from galore_jax.projected_grad import gradient_variables, project_gradients, with_variables
 from galore_jax.projection import ProjType
@@ -19,6 +20,7 @@ from galore_jax.training.tasks import Batch, Task
 
 Metrics = dict[str, jax.Array]
 NORMS = ("grad_norm", "projected_grad_norm")
+REFRESHES = ("refreshes", "refreshes_spared")  # of single matrices
 
 
 class TrainState(NamedTuple):
@@ -51,7 +53,8 @@ class Mode:
       refresh_from: where new projectors come from with projected gradients: ``"batch"``, the full
         gradient of the whole batch, or ``"micro_batch"``, that of its first micro-batch, so that
         the full gradient is never added up in float32.
-      rounding: of bfloat16 weights, see ``galore_jax.rounding.apply_updates``.
+      update_proj_gap: GaLore's.
+      rounding: of bfloat16 and int8 weights, see ``galore_jax.rounding.apply_updates``.
       side_by_side: layerwise, whether all micro-batches go through a layer before the next one's
         turn, which keeps the blocks' inputs of the whole batch. Otherwise, with projected gradients
         alone, one goes through all layers after the other: that keeps the float32 sums of all
@@ -63,6 +66,7 @@ class Mode:
     updates: Literal["standard", "layerwise"] = "standard"
     projected: bool = False
     proj_type: ProjType = "std"
+    update_proj_gap: int = 200
     micro_batches: int = 1
     refresh_from: Literal["batch", "micro_batch"] = "batch"
     rounding: Rounding = "nearest"
@@ -107,6 +111,7 @@ def make_train_step(
     Returns:
       A pure function of (state, batch) giving the new state and, all () float32 but ``tokens``:
       ``loss`` in nats a target, ``learning_rate``, ``tokens``, the int32 number of targets,
+      with lazy refreshes ``count_refreshes``, and
       ``grad_norm``, global and before clipping, where full gradients are there, and with
       ``mode.projected`` the norm of what the optimizer sees of them, ``projected_grad_norm``.
       Meant for ``jax.jit`` with the state donated.
@@ -171,6 +176,7 @@ def make_train_step(
             "learning_rate": jnp.asarray(schedule(state.step), jnp.float32),
             "tokens": tokens,
             **norms,
+            **count_refreshes(opt_state, state.step, mode.update_proj_gap),
         }
         trained = apply_updates(trained, updates, state.step, mode.rounding)
         params = with_trainable(state.params, trained)
@@ -205,6 +211,25 @@ def _pruned(moment: Any, key: jax.Array, ratio: float) -> Any:
     kept = jax.random.uniform(key, values.shape) >= ratio
     values = jnp.where(kept, values, jnp.zeros_like(values))
     return moment._replace(codes=values) if isinstance(moment, Quantized) else values
+
+
+def count_refreshes(opt_state: optax.OptState, step: jax.Array, gap: int) -> Metrics:
+    """Counts the refreshes of single matrices so far, and those that lazy refreshes spared.
+
+    Args:
+      opt_state: the state after an update.
+      step: updates before it, () int32.
+      gap: GaLore's ``update_proj_gap``.
+
+    Returns:
+      ``refreshes`` and ``refreshes_spared``, () int32; nothing without lazy refreshes.
+    """
+    times = times_in(opt_state)
+    if not times:
+        return {}
+    made = sum(jnp.sum(x.made) for x in times)
+    all_of_them = (step // gap + 1) * sum(x.made.size for x in times)
+    return {"refreshes": made, "refreshes_spared": all_of_them - made}
 
 
 def split_batch(task: Task, batch: Batch, parts: int) -> tuple[jax.Array, jax.Array, Batch]:
