@@ -76,10 +76,14 @@ class Int8Kernel:
         """One matrix of a stack."""
         return jax.tree.map(lambda leaf: leaf[index], self)
 
-    def decode(self, dtype: jax.typing.DTypeLike | None = None) -> jax.Array:
-        """Returns the array that it stands for, in its own dtype or another."""
+    def astype(self, dtype: jax.typing.DTypeLike) -> "Int8Kernel":
+        """The same integers, which stand for an array of another dtype."""
+        return dataclasses.replace(self, dtype=jnp.dtype(dtype))
+
+    def decode(self) -> jax.Array:
+        """Returns the array that it stands for."""
         array = self.codes.astype(jnp.float32) * self._beside(self.scales)
-        return array.astype(self.dtype if dtype is None else dtype)
+        return array.astype(self.dtype)
 
     def matmul(self, x: jax.Array, out_dtype: jax.typing.DTypeLike | None) -> jax.Array:
         """Multiplies ``(T, m)`` by the (m, n) kernel, see ``galore_jax.linear``."""

@@ -16,6 +16,7 @@ from jax.typing import DTypeLike
 
 from galore_jax.errors import UserError
 from galore_jax.folders import complete_or_absent
+from galore_jax.int8_kernels import Int8Kernel, Per, decoded, encode
 from galore_jax.models.config import LlamaConfig
 from galore_jax.models.huggingface_config import config_to_json, read_config
 from galore_jax.models.llama import Params, check_params, init_params
@@ -51,7 +52,7 @@ class TokenizerFiles(Protocol):
 
 
 def load(
-    folder: str | os.PathLike[str], dtype: DTypeLike | None = None
+    folder: str | os.PathLike[str], dtype: DTypeLike | None = None, *, int8: bool = False
 ) -> tuple[LlamaConfig, Params]:
     """Reads a LLaMA from a folder, straight into stacked arrays on the default device.
 
@@ -63,6 +64,8 @@ def load(
         ``model.safetensors.index.json``.
       dtype: of the params, and to compute in. None: each keeps the dtype that it is stored in, and
         the model computes in the embedding's.
+      int8: whether to encode the matrices, one tensor after the other, as ``Int8Kernel`` nodes that
+        stand for arrays of that dtype.
 
     Returns:
       The model, and its params, arranged as by ``galore_jax.models.llama.init_params``.
@@ -84,13 +87,18 @@ def load(
         stored = {files.specs[name].dtype for name in names}
         if dtype is None and len(stored) > 1:
             raise UserError(f"{folder}: {names[0]} has another dtype than the same of other layers")
-        array = _aligned(shape, np.dtype(dtype) if dtype is not None else stored.pop())
+        numerics = np.dtype(dtype) if dtype is not None else stored.pop()
+        if int8 and path[-1] in ("kernel", "embedding"):
+            params[path] = _encoded(files, names, path, shape, numerics)
+            continue
+        array = _aligned(shape, numerics)
         stack = array if path[0] == "blocks" else array[None]
         for layer, name in enumerate(names):
             files.read_into(name, stack[layer], transpose=path[-1] == "kernel")
         params[path] = jax.device_put(array)
     numerics = params["embed", "embedding"].dtype
-    config = dataclasses.replace(config, dtype=numerics, param_dtype=numerics)
+    param_dtype = np.int8 if int8 else numerics
+    config = dataclasses.replace(config, dtype=numerics, param_dtype=param_dtype)
     return config, traverse_util.unflatten_dict(params)
 
 
@@ -108,7 +116,8 @@ def save(
     Args:
       folder: a folder that does not exist yet, or is empty.
       config: the model.
-      params: arranged as by ``galore_jax.models.llama.init_params``; each is stored in its dtype.
+      params: arranged as by ``galore_jax.models.llama.init_params``; each is stored in its dtype, and an
+        ``Int8Kernel`` in that of the array that it stands for.
       tokenizer: None for a folder without one.
 
     Raises:
@@ -143,7 +152,8 @@ def save(
 
     def get(name: str) -> np.ndarray:
         path, layer = places[name]
-        array = np.asarray(flat[path][layer] if path[0] == "blocks" else flat[path])
+        leaf = flat[path][layer] if path[0] == "blocks" else flat[path]
+        array = np.asarray(decoded(leaf))
         return array.T if path[-1] == "kernel" else array
 
     values = config_to_json(dataclasses.replace(config, param_dtype=spec(_EMBEDDING).dtype))
@@ -163,6 +173,23 @@ def _leaves(config: LlamaConfig) -> dict[_Path, tuple[int, ...]]:
         path: flat[path].shape
         for path in sorted(flat, key=lambda path: order.index(_pattern(path)))
     }
+
+
+def _encoded(
+    files: TensorFiles, names: list[str], path: _Path, shape: tuple[int, ...], dtype: np.dtype
+) -> Int8Kernel:
+    """Reads the tensors of a leaf one by one, and encodes each before the next."""
+    per: Per = "row" if path[-1] == "embedding" else "column"
+    find = jax.jit(functools.partial(encode, per=per, dtype=dtype))
+    codes, scales = _aligned(shape, np.dtype(np.int8)), []
+    for layer, name in enumerate(names):
+        tensor = _aligned(shape[-2:], np.dtype(np.float32))
+        files.read_into(name, tensor, transpose=path[-1] == "kernel")
+        kernel = find(tensor)
+        (codes if path[0] != "blocks" else codes[layer])[:] = np.asarray(kernel.codes)
+        scales.append(np.asarray(kernel.scales))
+    stacked = np.stack(scales) if path[0] == "blocks" else scales[0]
+    return Int8Kernel(jax.device_put(codes), jax.device_put(stacked), per=per, dtype=dtype)
 
 
 def _pattern(path: _Path) -> str:

@@ -82,7 +82,11 @@ class Experiment:
         key = jax.random.key(self.config.seed)
         if self.config.init_from is None:
             return jax.jit(self.init)(key)
-        _, params = huggingface.load(self.config.init_from, self.model.param_dtype)
+        _, params = huggingface.load(
+            self.config.init_from,
+            self.model.float_dtype,
+            int8=self.model.param_dtype == jnp.int8,
+        )
         return jax.jit(self._start, donate_argnums=0)(params, key)
 
     def abstract_state(self) -> TrainState:
