@@ -232,9 +232,7 @@ def wrap_optimizer(
         plan: Plan, due: bool | jax.Array, gradients: Any, state: Any, params: Any
     ) -> tuple[Any, optax.OptState, Any]:
         """P from G where that is due; first moments and copies of weights follow it."""
-        stored, inner_state, times = refresh_projectors(
-            options, due, gradients, plan.specs, state
-        )
+        stored, inner_state, times = refresh_projectors(options, due, gradients, plan.specs, state)
         if plan.copies:
             inner_state = plan.copies.follow(
                 due,

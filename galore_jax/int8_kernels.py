@@ -52,7 +52,7 @@ class Int8Kernel:
     scales: Any
     variable: Any = None
     per: Per = "column"
-    dtype: Any = jnp.dtype(jnp.float32)
+    dtype: Any = jnp.float32
 
     @property
     def shape(self) -> tuple[int, ...]:
@@ -65,7 +65,7 @@ class Int8Kernel:
         return len(self.codes.shape)
 
     @property
-    def T(self) -> "Int8Kernel":  # noqa: N802  # as of arrays
+    def T(self) -> "Int8Kernel":  # as of arrays
         """The transposed matrix."""
         variable = None if self.variable is None else jnp.matrix_transpose(self.variable)
         per: Per = "row" if self.per == "column" else "column"
@@ -145,7 +145,7 @@ def encode(
         jnp.zeros(array.shape, jnp.int8),
         jnp.full((*stack, n if per == "column" else m), _TINY, jnp.float32),
         per=per,
-        dtype=jnp.dtype(array.dtype if dtype is None else dtype),
+        dtype=jnp.dtype(dtype or array.dtype),
     )
     return add(zeros, array, noise)
 
@@ -213,9 +213,9 @@ def float_variables(tree: Any) -> Any:
 def with_float_variables(tree: Any, variables: Any) -> Any:
     """Puts variables of ``float_variables`` to where a model looks for its params.
 
-    >>> kernel = encode(jnp.ones((2, 3)))
-    >>> with_float_variables({"kernel": kernel}, {"kernel": jnp.zeros((2, 3))})["kernel"].codes[0, 0]
-    Array(113, dtype=int8)
+    >>> params = {"kernel": encode(jnp.ones((2, 3)))}
+    >>> with_float_variables(params, float_variables(params))["kernel"].variable.shape
+    (2, 3)
     """
     return jax.tree.map(
         lambda x, z: dataclasses.replace(x, variable=z) if is_int8(x) else z,

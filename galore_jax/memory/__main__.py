@@ -80,7 +80,8 @@ def _run(argv: list[str]) -> int:
         billions = count_params(experiment.abstract_state().params) / 1e9
         size = f"{billions:.2f}B" if billions >= 1 else f"{1000 * billions:.2f}M"
         step = f"{config.batch_size} x {config.data.seq_len} tokens, rank {config.galore.rank}"
-        plot.plot(reports, own.plot, f"Memory of a training step: {size} parameters, {step}")
+        title = f"Memory of a training step: {size} parameters, {step}"
+        plot.plot(reports, own.plot, title, compare.published(config) if own.compare else None)
         print(f"written: {own.plot}")
     if own.compare or reports[0].fits is not False:
         return 0

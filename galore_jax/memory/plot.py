@@ -1,6 +1,7 @@
 """The memory report as a stacked bar chart."""
 
 import importlib.util
+from collections.abc import Mapping
 from pathlib import Path
 
 from galore_jax.errors import UserError
@@ -28,8 +29,16 @@ def check_path(path: Path, *, flag: str = "--plot") -> None:
         raise UserError(f"{flag} needs matplotlib: pip install 'galore-jax[plot]'")
 
 
-def plot(reports: list[Report], path: Path, title: str) -> None:
+def plot(
+    reports: list[Report], path: Path, title: str, published: Mapping[str, float] | None = None
+) -> None:
     """Draws a bar for each report of a target, in GiB or MiB, with its memory as a line.
+
+    Args:
+      reports: one for each bar.
+      path: where to write.
+      title: above the chart.
+      published: what others publish, bytes by name: marks on the last bar.
 
     Raises:
       UserError: see ``check_path``.
@@ -59,6 +68,11 @@ def plot(reports: list[Report], path: Path, title: str) -> None:
         sign = "" if report.plans else "≥ "
         size = f"{sign}{report.peak / unit_bytes:,.1f}"
         axes.text(left + 0.008 * widest, y, size, va="center", color=_INK, weight=weight)
+    for number, (name, size) in enumerate((published or {}).items()):
+        y = len(reports) - 1
+        axes.plot(size / unit_bytes, y, "D", color=_CARD, markersize=5)
+        label = f" {name}: {size / unit_bytes:,.1f} (published)"
+        axes.text(size / unit_bytes, y + 0.3 + 0.3 * number, label, color=_CARD, va="top")
     if target.memory is not None:
         capacity = target.memory / unit_bytes
         axes.axvline(capacity, color=_CARD, linewidth=1.5, linestyle=(0, (4, 2)))

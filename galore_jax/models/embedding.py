@@ -37,9 +37,7 @@ def embed(table: Any, tokens: jax.Array, dtype: DTypeLike) -> jax.Array:
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(3,))
-def _embed(
-    table: jax.Array | None, codes: Int8Kernel | None, tokens: jax.Array, dtype: DTypeLike
-) -> jax.Array:
+def _embed(table: Any, codes: Int8Kernel | None, tokens: jax.Array, dtype: DTypeLike) -> jax.Array:
     """Rows of the table, or of the kernel whose variable it is."""
     if codes is not None:
         return codes.rows(tokens, dtype)

@@ -116,8 +116,8 @@ def save(
     Args:
       folder: a folder that does not exist yet, or is empty.
       config: the model.
-      params: arranged as by ``galore_jax.models.llama.init_params``; each is stored in its dtype, and an
-        ``Int8Kernel`` in that of the array that it stands for.
+      params: arranged as by ``galore_jax.models.llama.init_params``; each is stored in its dtype,
+        and an ``Int8Kernel`` in that of the array that it stands for.
       tokenizer: None for a folder without one.
 
     Raises:

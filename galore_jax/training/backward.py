@@ -68,7 +68,6 @@ def after_gradients(
     model: Stages, task: Task, params: Any, x: jax.Array, batch: Batch, per_target: jax.Array
 ) -> tuple[jax.Array, dict[str, Any], jax.Array]:
     """Returns the mean loss, its gradients by the weights after the blocks, and by ``x``."""
-
     weights = {key: params[key] for key in model.after.keys}
 
     def loss(variables: Any, x: jax.Array) -> jax.Array:
@@ -82,7 +81,6 @@ def after_gradients(
 
 def before_gradients(model: Stages, params: Any, batch: Batch, dx: jax.Array) -> dict[str, Any]:
     """Returns the gradients by the weights before the blocks."""
-
     weights = {key: params[key] for key in model.before.keys}
 
     def run(variables: Any) -> jax.Array:

@@ -21,8 +21,8 @@ class Groups:
     ``optax.MaskedNode()`` in the place of all other leaves, as ``optax.masked`` has it.
 
     Attributes:
-      params, opt_state: the group of each leaf, -1 in the state for what all share (step counts). An
-        ``Int8Kernel`` counts as a leaf.
+      params, opt_state: the group of each leaf, -1 in the state for what all share (step counts);
+        an ``Int8Kernel`` counts as a leaf.
       param_axes, state_axes: whether an array has a leading layer axis.
       after, before: the numbers of these two groups.
     """

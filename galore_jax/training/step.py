@@ -227,7 +227,7 @@ def count_refreshes(opt_state: optax.OptState, step: jax.Array, gap: int) -> Met
     times = times_in(opt_state)
     if not times:
         return {}
-    made = sum(jnp.sum(x.made) for x in times)
+    made = jnp.stack([jnp.sum(x.made) for x in times]).sum()
     all_of_them = (step // gap + 1) * sum(x.made.size for x in times)
     return {"refreshes": made, "refreshes_spared": all_of_them - made}
 
