@@ -275,45 +275,6 @@ def _with_sizes_of(folder: Path, config: Config) -> Config:
     return config
 
 
-def summary(experiment: Experiment) -> str:
-    """Describes in a few lines what will run."""
-    config, model = experiment.config, experiment.config.model
-    data, schedule = config.data, config.schedule
-    settings, low_rank = config.optimizer, config.galore
-    method = f"{settings.name} on the full gradients"
-    if uses_galore(config):
-        rank = galore_rank(config)
-        if isinstance(rank, dict):
-            rank = ", ".join(
-                f"{number} ({pattern or 'all other'})" for pattern, number in rank.items()
-            )
-        method = f"{config.method} with {settings.name}: rank {rank}, new projector every "
-        method += f"{low_rank.update_proj_gap} updates, scale {low_rank.scale:g}"
-        if low_rank.lazy_refresh is not None:
-            method += f" at the least (lazy, overlap {low_rank.lazy_refresh:g})"
-        if low_rank.recovery is not None:
-            method += f", recovery by {low_rank.recovery}"
-    elif config.method != "full":
-        lora = config.lora
-        method = f"{config.method} with {settings.name}: rank {lora.rank}"
-        if config.method != "low_rank":
-            method += f", alpha {lora.alpha:g}, dropout {lora.dropout:g}"
-        if config.method == "relora":
-            method += f", merged every {config.relora.merge_every_steps} updates"
-    device = jax.local_devices()[0].device_kind
-    layout = "packed" if data.packing else "a document a row"
-    params = llama.count_params(experiment.abstract_state().params)
-    begin = f", from {config.init_from}" if config.init_from is not None else ""
-    return (
-        f"model   {params / 1e6:,.2f}M parameters: hidden {model.hidden_size}, "
-        f"{model.num_layers} layers, vocabulary {model.vocab_size}, {config.param_dtype}{begin}\n"
-        f"method  {method}\n"
-        f"data    {data.name}: {config.batch_size} x {data.seq_len} tokens an update, {layout}\n"
-        f"run     {config.train_steps} updates, peak learning rate {schedule.peak_lr:g}, "
-        f"seed {config.seed}, on {device} with jax {jax.__version__}"
-    )
-
-
 def step_name(refresh: bool) -> str:
     """Names a step in the memory report."""
     return "step with a refresh" if refresh else "training step"

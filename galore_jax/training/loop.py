@@ -15,11 +15,12 @@ from galore_jax.memory.fit import check_fit, compile_steps
 from galore_jax.training.checkpoints import Checkpoints, Restored
 from galore_jax.training.config import Config
 from galore_jax.training.evaluation import evaluate
-from galore_jax.training.experiment import Experiment, make_experiment, step_name, summary
+from galore_jax.training.experiment import Experiment, make_experiment, step_name
 from galore_jax.training.metrics import MetricsLog, write_run_record
 from galore_jax.training.progress import Progress, format_count, format_duration
 from galore_jax.training.signals import StopRequest
 from galore_jax.training.step import NORMS, REFRESHES, TrainState, all_finite, make_eval_step
+from galore_jax.training.summary import summary
 from galore_jax.training.tasks import perplexity
 from galore_jax.training.workdir import check_writable, claim, config_json, keep_tokenizer
 

@@ -23,10 +23,11 @@ SMALL = [
 @pytest.mark.parametrize(
     ("target", "row", "flags", "most"),
     [  # Q-GaLore measures 15.26e9 for 7B
-        ("rtx4090", "7b_12gb", ONE, 12.4e9),
-        ("rtx3060", "7b_12gb", ONE, 12.4e9),
+        ("rtx4090", "7b_16gb", ONE, 12.4e9),
+        ("rtx3060", "7b_16gb", ONE, 12.4e9),
+        ("rtx3060", "7b_12gb", [], 12.6e9),
         ("rtx4090", "13b_24gb", ONE, 23.2e9),
-        ("rtx4090", "1b,optimizer=adamw8bit", SMALL, 2.6e9),
+        ("rtx4090", "1b,optimizer=adamw8bit", SMALL, 2.7e9),
     ],
 )
 def test_int8_weights_fit(target, row, flags, most, tmp_path):
