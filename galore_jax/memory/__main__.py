@@ -97,6 +97,8 @@ def _count_on_mesh(own: argparse.Namespace, experiment: Any) -> int:
 
     if own.compare or own.plot is not None:
         raise UserError("--mesh counts, and compiles nothing: leave out --compare and --plot")
+    if experiment.config.param_dtype == "int8":
+        raise UserError("--mesh counts float weights; int8 ones are for one device")
     axes, params = mesh.parse_mesh(own.mesh), experiment.abstract_state().params
     optimizers = (experiment.optimizer, optax.adamw(0.0))
     report, adamw = (mesh.count_on_mesh(params, tx, axes, LAYERS) for tx in optimizers)
