@@ -100,13 +100,10 @@ class Int8Kernel:
 
     def rows(self, index: jax.Array, dtype: jax.typing.DTypeLike) -> jax.Array:
         """Decodes rows of a (V, D) table; those outside it are NaN."""
-        rows = jnp.take(self.codes, index, axis=0, mode="clip").astype(jnp.float32)
-        inside = (index >= -len(self.codes)) & (index < len(self.codes))
-        if self.per == "row":
-            rows *= jnp.take(self.scales, index, axis=0, mode="clip")[..., None]
-        else:
-            rows *= self.scales
-        return jnp.where(inside[..., None], rows, jnp.nan).astype(dtype)
+        of_rows = self.scales if self.per == "row" else jnp.ones(len(self.codes))
+        rows = jnp.take(self.codes, index, axis=0, mode="fill").astype(jnp.float32)
+        rows *= jnp.take(of_rows, index, axis=0, mode="fill")[..., None]  # NaN outside
+        return (rows if self.per == "row" else rows * self.scales).astype(dtype)
 
     def _beside(self, scales: jax.Array) -> jax.Array:
         return scales[..., None, :] if self.per == "column" else scales[..., None]

@@ -248,6 +248,14 @@ def test_eager_and_compiled_updates_agree():
     assert (mapped.codes[0] != compiled.codes).mean() < 0.01
 
 
+@pytest.mark.parametrize("per", ["column", "row"])
+def test_rows_are_those_of_the_decoded_table(per):
+    table, index = encode(normal(0, 7, 5), per), jnp.array([[0, 6, -1], [7, -8, 3]])
+    wanted = jnp.take(table.decode(), index, axis=0, mode="fill")
+    np.testing.assert_array_equal(table.rows(index, "float32"), wanted)
+    assert jnp.isnan(wanted[1, 0]).all()
+
+
 def test_trees():
     tree = {"kernel": encode(normal(0, 4, 6), dtype=jnp.bfloat16), "bias": jnp.ones(6)}
     assert decoded(tree)["kernel"].dtype == jnp.bfloat16
