@@ -28,7 +28,7 @@ METHODS = {
 }
 # Totals for LLaMA 7B, in bytes: Zhang et al. 2024 (arXiv:2407.08296), measured at 16 x 256 tokens;
 # Zhu et al. 2024 (arXiv:2412.05270), whose abstract says less than 12 GB, with int8 weights.
-_PUBLISHED_7B = {"Q-GaLore": 15.26e9, "APOLLO, below": 12e9}
+_PUBLISHED_7B = {"Q-GaLore": 15.26e9, "APOLLO-Mini, less than": 12e9}
 # Savings against AdamW in bfloat16 in the abstract of Zhao et al. 2024 (arXiv:2403.03507).
 _PAPER = {
     "state": ("optimizer state, GaLore", 0.655),
