@@ -162,7 +162,7 @@ def add(kernel: Int8Kernel, update: jax.Array, noise: jax.Array | None = None) -
 
     >>> kernel = encode(jnp.array([[1.0], [0.5]]))
     >>> add(kernel, jnp.array([[0.0], [0.25]])).decode().round(2).tolist()
-    [[1.0], [0.75]]
+    [[1.0], [0.74]]
     """
     axis = -2 if kernel.per == "column" else -1
     update, old = update.astype(jnp.float32), kernel.scales
