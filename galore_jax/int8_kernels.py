@@ -161,8 +161,8 @@ def add(kernel: Int8Kernel, update: jax.Array, noise: jax.Array | None = None) -
         None rounds to nearest, and loses all updates below half a code.
 
     >>> kernel = encode(jnp.array([[1.0], [0.5]]))
-    >>> add(kernel, jnp.array([[0.0], [0.25]])).decode().round(2).tolist()
-    [[1.0], [0.74]]
+    >>> add(kernel, jnp.array([[0.0], [0.25]])).codes.tolist()
+    [[113], [84]]
     """
     axis = -2 if kernel.per == "column" else -1
     update, old = update.astype(jnp.float32), kernel.scales
