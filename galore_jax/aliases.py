@@ -2,6 +2,7 @@
 
 import functools
 import inspect
+import numbers
 from collections.abc import Callable
 from typing import Any, Literal, TypeVar, Unpack
 
@@ -267,7 +268,8 @@ def galore_muon(
         Nesterov's.
       weight_decay, mask: of all leaves, times the learning rate of each, see ``optax.adamw``.
       bits: 8 to keep the momentum, and Adam's moments, in 8 bits.
-      most_growth: of each low-rank gradient's norm, see ``galore_jax.norm_growth``; None for any.
+      most_growth: of the norm of each gradient, a matrix's low-rank one, see
+        ``galore_jax.norm_growth``; None for any.
       galore_options: see ``galore_jax.options.GaLoreOptions``. Two defaults are others here:
         ``scale`` is 1 and ``rotate_moments`` True.
 
@@ -294,9 +296,13 @@ def galore_muon(
     >>> jnp.linalg.matrix_rank(updates["kernel"]).item()
     8
     """
-    if not isinstance(beta, jax.Array) and not 0 <= beta < 1:
+    is_share = isinstance(beta, numbers.Real) and 0 <= beta < 1
+    if not is_share and not isinstance(beta, jax.Array):
         raise ValueError(f"beta must be at least 0 and less than 1, got {beta!r}")
-    check_int("rounds", rounds, 1)
+    traced = "; for optax.inject_hyperparams name it in static_args"
+    check_int("rounds", rounds, 1, hint=traced if isinstance(rounds, jax.Array) else "")
+    for name in set(galore_options) - set(GaLoreOptions.__annotations__):
+        raise TypeError(f"galore_muon() got an unexpected keyword argument {name!r}")
     if bits not in (None, 8) or isinstance(bits, float):
         raise ValueError(f"bits must be 8 or None, got {bits!r}")
     make = functools.partial(

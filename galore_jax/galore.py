@@ -194,13 +194,13 @@ def galore(
 
 
 def wrap_optimizer(
-    make_optimizer: Callable[[Mapping[str, MatrixSpec]], optax.GradientTransformation],
+    make_optimizer: Callable[[Mapping[Any, MatrixSpec]], optax.GradientTransformation],
     options: CheckedOptions,
 ) -> GaLore:
     """Makes a ``galore`` of an optimizer that may depend on how leaves are projected.
 
     Args:
-      make_optimizer: a function of the projected leaves, by their paths.
+      make_optimizer: a function of the projected leaves, by their key paths.
       options: GaLore's.
 
     Returns:

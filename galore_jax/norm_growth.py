@@ -10,6 +10,8 @@ import optax
 
 from galore_jax.projection import in_float32, norm_over
 
+_LEAST = 1e-6  # of the norm before: what is smaller is no norm to grow from
+
 
 class NormGrowthState(NamedTuple):
     """State of ``clip_by_norm_growth``.
@@ -29,8 +31,9 @@ def clip_by_norm_growth(most: float = 1.01) -> optax.GradientTransformation:
 
     It is the norm-growth limiter of Fira (Chen et al. 2024, equation 8), of whole gradients. Each
     leaf is clipped for itself, so that it goes where ``optax.clip_by_global_norm`` cannot: inside
-    ``galore``, where it sees low-rank gradients, and with layerwise updates. A gradient of zero, or
-    that is not finite, passes, and leaves the norm as it was.
+    ``galore``, where it sees low-rank gradients, and with layerwise updates. A gradient below a
+    millionth of the norm before (a zero, say), or whose norm is not finite, passes, and leaves that
+    norm as it was.
 
     Args:
       most: the factor, greater than 1.
@@ -74,12 +77,12 @@ def clip_by_norm_growth(most: float = 1.01) -> optax.GradientTransformation:
 
         factors = jax.tree.map(factor, norms, state.norm)
         clipped = jax.tree.map(lambda g, f: (in_float32(g) * f).astype(g.dtype), updates, factors)
-        after = jax.tree.map(
-            lambda norm, f, before: jnp.where((norm > 0) & jnp.isfinite(norm), norm * f, before),
-            norms,
-            factors,
-            state.norm,
-        )
+
+        def next_norm(norm: jax.Array, factor: jax.Array, before: jax.Array) -> jax.Array:
+            counts = (norm > _LEAST * before) & jnp.isfinite(norm)
+            return jnp.where(counts, norm * factor, before).astype(before.dtype)
+
+        after = jax.tree.map(next_norm, norms, factors, state.norm)
         return clipped, NormGrowthState(after)
 
     return optax.GradientTransformation(init, update)

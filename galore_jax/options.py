@@ -93,6 +93,7 @@ class CheckedOptions:
 
     def __post_init__(self):
         if isinstance(self.rank, Mapping):
+            object.__setattr__(self, "rank", dict(self.rank))  # the caller's may change
             rank_by_pattern(self.rank)
         elif not callable(self.rank):
             check_rank(self.rank)

@@ -20,7 +20,6 @@ from galore_jax.projection import (
 )
 from galore_jax.quantization import Quantized
 from galore_jax.weight_copies import WeightCopies, find_copies
-from galore_jax.weights import leaf_path
 
 _MOST_PLANS = 32  # of one transformation: layerwise training has one for each group of weights
 
@@ -71,7 +70,7 @@ class Plan:
 
 
 def planner(
-    make_optimizer: Callable[[Mapping[str, MatrixSpec]], optax.GradientTransformation],
+    make_optimizer: Callable[[Mapping[Any, MatrixSpec]], optax.GradientTransformation],
     options: CheckedOptions,
 ) -> Callable[[Any], Plan]:
     """Makes a function that finds the plan of a tree of weights or of their gradients.
@@ -80,8 +79,8 @@ def planner(
     of arrays, tracers, shapes or projected gradients. A plan holds no arrays.
 
     Args:
-      make_optimizer: a function of the projected leaves, by their paths, that gives the optimizer
-        to wrap.
+      make_optimizer: a function of the projected leaves, by their key paths, that gives the
+        optimizer to wrap.
       options: GaLore's.
 
     Returns:
@@ -119,8 +118,8 @@ def planner(
     return plan
 
 
-def _by_path(specs: Any) -> dict[str, MatrixSpec]:
-    return {leaf_path(path): spec for path, spec in jax.tree_util.tree_leaves_with_path(specs)}
+def _by_path(specs: Any) -> dict[Any, MatrixSpec]:
+    return dict(jax.tree_util.tree_leaves_with_path(specs))
 
 
 def _check_projected(due: Any, gradient: ProjectedGradient, spec: MatrixSpec | None) -> None:

@@ -302,7 +302,9 @@ def scaled(gradient: jax.Array) -> jax.Array:
     """
     matrix = in_float32(gradient)
     largest = jnp.max(jnp.abs(matrix), axis=(-2, -1), keepdims=True)
-    return matrix / jnp.where(largest == 0, 1, largest)
+    # XLA multiplies by the reciprocal, and flushes those of the largest floats to zero.
+    shift = jnp.where(largest > 1, 2.0**-8, 1).astype(matrix.dtype)
+    return (matrix * shift) / jnp.where(largest == 0, 1, largest * shift)
 
 
 def norm_over(array: jax.Array, axes: tuple[int, ...] | None = None) -> jax.Array:
@@ -318,5 +320,7 @@ def norm_over(array: jax.Array, axes: tuple[int, ...] | None = None) -> jax.Arra
     keep = axes is not None
     largest = jnp.max(array, axis=axes, keepdims=True, initial=0)
     shares = array / jnp.where(largest == 0, 1, largest)
-    total = jnp.sqrt(jnp.sum(shares * shares, axis=axes, keepdims=True)) * largest
+    squares = jnp.sum(shares * shares, axis=axes, keepdims=True)
+    is_zero = squares == 0  # where a root has no derivative
+    total = jnp.where(is_zero, 0, jnp.sqrt(jnp.where(is_zero, 1, squares))) * largest
     return total if keep else total.reshape(())

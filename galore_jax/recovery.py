@@ -18,6 +18,9 @@ Here $s = \lVert S \rVert / \lVert N \rVert$: N has the learning rate as a facto
 while it warms up would else be taken for a spike. In the paper $s = \lVert S \rVert$ without that
 rate, which is the same for an optimizer whose updates keep their norm.
 
+Where R, or what is outside, is no more than the rounding of the gradient (a share of 1e-5 in
+float32), there is no factor to go by, and S is zero.
+
 References:
   Chen et al., Fira: Can We Achieve Full-rank Training of LLMs Under Low-rank Constraint?, 2024,
   https://arxiv.org/abs/2410.01623, equations 5 to 8
@@ -43,6 +46,7 @@ from galore_jax.sharding import zeros_beside
 Recovery = Literal["column", "matrix"]
 RECOVERIES: tuple[Recovery, ...] = get_args(Recovery)
 MOST_GROWTH = 1.01
+_NOISE = 1e-5  # parts of a gradient below this share of it are rounding, in float32
 
 
 def no_norm(leaf: Any, spec: MatrixSpec | None) -> Any:
@@ -119,13 +123,20 @@ def _recover(
     if {"left": m, "right": n, "both": max(m, n)}[spec.side] <= low.shape[rank_axis]:
         return _Recovered(jnp.zeros_like(matrix), before)  # the subspace is the whole space
     outside = matrix - project_back(in_float32(low), projector, spec.side)
-    axes = (-2, -1) if kind == "matrix" or spec.side == "both" else (rank_axis,)
-    part = -_ratio(norm_over(step, axes), norm_over(low, axes)) * outside
-    norm = _ratio(norm_over(part, (-2, -1)), norm_over(step, (-2, -1)))[..., 0, 0]
+    whole, noise = (-2, -1), max(_NOISE, 4 * float(jnp.finfo(low.dtype).eps))
+    axes = whole if kind == "matrix" or spec.side == "both" else (rank_axis,)
+    # What is left of a gradient by rounding tells nothing, neither a factor nor a direction.
+    inside = norm_over(low, axes)
+    inside = jnp.where(inside > noise * norm_over(matrix, axes), inside, 0)
+    is_outside = norm_over(outside, whole) > noise * norm_over(matrix, whole)
+    part = jnp.where(is_outside, -_ratio(norm_over(step, axes), inside) * outside, 0)
+    norm = _ratio(norm_over(part, whole), norm_over(step, whole))[..., 0, 0]
     is_limited = (before > 0) & (norm > MOST_GROWTH * before)
     shrunk = jnp.where(is_limited, MOST_GROWTH * before / jnp.where(norm == 0, 1, norm), 1)
-    after = jnp.where((norm > 0) & jnp.isfinite(norm), norm * shrunk, before)
-    return _Recovered(part * shrunk[..., None, None], after)
+    is_usable = jnp.isfinite(norm)
+    part = jnp.where(is_usable[..., None, None], part * shrunk[..., None, None], 0)
+    after = jnp.where(is_usable & (norm > 0), norm * shrunk, before)
+    return _Recovered(part, after.astype(before.dtype))
 
 
 def _ratio(above: jax.Array, below: jax.Array) -> jax.Array:

@@ -189,6 +189,8 @@ def rank_by_pattern(table: Mapping[str, int | None]) -> Callable[[str, Any], int
     if not table:
         raise ValueError("rank={} has no pattern; give a number, or ranks by patterns")
     for pattern, rank in table.items():
+        if not isinstance(pattern, str):
+            raise TypeError(f"rank: patterns must be regular expressions, got {pattern!r}")
         path_filter(pattern, "rank")
         if rank is not None:
             check_rank(rank, f"[{pattern!r}]")

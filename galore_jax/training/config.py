@@ -85,8 +85,9 @@ def check_config(config: Config) -> None:
         require(key, "at least 1", lambda x: x >= 1)
     for key in _AT_LEAST_ZERO:
         require(key, "at least 0", lambda x: x is None or x >= 0)
-    for key in ("optimizer.b1", "optimizer.b2", "muon.beta"):
+    for key in ("optimizer.b1", "optimizer.b2"):
         require(key, "at least 0 and less than 1", lambda x: x is None or 0 <= x < 1)
+    require("muon.beta", "at least 0 and less than 1", lambda x: x is not None and 0 <= x < 1)
     require("data.seq_len", "at least 2: a token and the one it predicts", lambda x: x >= 2)
     for key in _POSITIVE:
         require(key, "greater than 0", lambda x: x is None or x > 0)

@@ -150,12 +150,11 @@ def _muon(
     config: Config, schedule: optax.Schedule, **options: Any
 ) -> optax.GradientTransformationExtraArgs:
     settings = config.optimizer
-    given = {key: settings[key] for key in ("b1", "b2", "eps") if settings[key] is not None}
+    given = {key: settings[key] for key in _SETTINGS if settings[key] is not None}
     return galore_muon(
         schedule,
         beta=config.muon.beta,
         rounds=config.muon.rounds,
-        weight_decay=settings.weight_decay,
         bits=8 if settings.name == "adamw8bit" else None,
         most_growth=settings.clip_growth,
         **given,

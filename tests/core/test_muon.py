@@ -210,8 +210,41 @@ def test_leaves_without_a_rank_go_to_adam():
         ({"rank": 0}, "rank must be an int of at least 1"),
         ({"most_growth": 1.0}, "most must be a number greater than 1"),
         ({"rank": {}}, "has no pattern"),
+        ({"beta": None}, "beta must be at least 0 and less than 1, got None"),
     ],
 )
 def test_bad_arguments(arguments, message):
     with pytest.raises(ValueError, match=message):
         galore_muon(0.1, **arguments).init(_tree())
+
+
+def test_leaves_whose_joined_paths_coincide():
+    params = {"a/b": jnp.ones(3), "a": {"b": jnp.ones((6, 10))}}
+    tx = galore_muon(0.1, rank=2)
+    updates, _ = tx.update(params, tx.init(params), params)
+    assert updates["a/b"].shape == (3,)
+
+
+def test_unknown_options_are_named():
+    with pytest.raises(TypeError, match="unexpected keyword argument 'scal'"):
+        galore_muon(0.1, scal=1)
+
+
+def test_hyperparameters_may_be_injected():
+    with pytest.raises(TypeError, match="name it in static_args"):
+        optax.inject_hyperparams(galore_muon, static_args="rank")(learning_rate=0.1, rank=2).init(
+            _tree()
+        )
+    make = optax.inject_hyperparams(galore_muon, static_args=("rank", "rounds"))
+    tx = make(learning_rate=0.1, rank=2)
+    updates, _ = tx.update(_tree(1), tx.init(_tree()), _tree())
+    plain = galore_muon(0.1, rank=2)
+    expected, _ = plain.update(_tree(1), plain.init(_tree()), _tree())
+    np.testing.assert_allclose(updates["wide"], expected["wide"], atol=1e-6)
+
+
+@pytest.mark.parametrize("largest", [9e37, 3e38])
+def test_orthogonalize_the_largest_floats(largest):
+    np.testing.assert_allclose(
+        orthogonalize(largest * jnp.eye(3)), orthogonalize(jnp.eye(3)), rtol=1e-5
+    )

@@ -30,6 +30,10 @@ def test_zero_passes_and_leaves_the_norm():
     np.testing.assert_allclose(_norms(1.5, [0, 1, 0, 10]), [0, 1, 0, 1.5], 1e-5)
 
 
+def test_a_gradient_of_nearly_nothing_leaves_the_norm():
+    np.testing.assert_allclose(_norms(1.5, [1, 1e-20, 10])[2], 1.5, 1e-5)
+
+
 def test_what_is_not_finite_passes_and_leaves_the_norm():
     tx = clip_by_norm_growth(1.5)
     state = tx.init({"w": jnp.zeros(2)})
