@@ -3,14 +3,12 @@
 import dataclasses
 import functools
 import json
-import math
 import os
 import re
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 import jax
-import numpy as np
 from flax import traverse_util
 from jax.typing import DTypeLike
 
@@ -18,8 +16,9 @@ from galore_jax.errors import UserError
 from galore_jax.folders import complete_or_absent
 from galore_jax.models.config import LlamaConfig
 from galore_jax.models.huggingface_config import config_to_json, read_config
+from galore_jax.models.leaf_tensors import LeafTensors, Path as LeafPath, TokenizerFiles, read_leaf
 from galore_jax.models.llama import Params, check_params, init_params
-from galore_jax.models.tensor_files import DTYPES, TensorFiles, TensorSpec, write_tensors
+from galore_jax.models.tensor_files import TensorFiles
 
 # Our paths, and Hugging Face's names with the layer in the place of {}. A kernel is (in, out) here
 # and (out, in) there; a leaf of the blocks is there a tensor for each layer.
@@ -34,21 +33,6 @@ _NAMES = (
 )
 _HEAD, _EMBEDDING = "lm_head.weight", "model.embed_tokens.weight"
 _BUFFERS = re.compile(r"model\.layers\.\d+\.self_attn\.rotary_emb\.inv_freq")  # of old versions
-_SHARD_BYTES = 5 * 10**9
-_ALIGNMENT = 64  # bytes; JAX uses a NumPy array that is so aligned without a copy on a CPU
-
-_Path = tuple[str, ...]
-
-
-class TokenizerFiles(Protocol):
-    """A tokenizer that can put its files into a folder."""
-
-    vocab_size: int
-
-    def save(self, folder: Path) -> None:
-        """Writes the files by which it is loaded again, by transformers too."""
-        ...
-
 
 def load(
     folder: str | os.PathLike[str], dtype: DTypeLike | None = None
@@ -80,15 +64,7 @@ def load(
     _check_tensors(folder, config, files, leaves)
     params = {}
     for path, shape in leaves.items():
-        names = _tensor_names(path, config.num_layers)
-        stored = {files.specs[name].dtype for name in names}
-        if dtype is None and len(stored) > 1:
-            raise UserError(f"{folder}: {names[0]} has another dtype than the same of other layers")
-        array = _aligned(shape, np.dtype(dtype) if dtype is not None else stored.pop())
-        stack = array if path[0] == "blocks" else array[None]
-        for layer, name in enumerate(names):
-            files.read_into(name, stack[layer], transpose=path[-1] == "kernel")
-        params[path] = jax.device_put(array)
+        params[path] = read_leaf(files, path, shape, _tensor_names(path, config.num_layers), dtype)
     numerics = params["embed", "embedding"].dtype
     config = dataclasses.replace(config, dtype=numerics, param_dtype=numerics)
     return config, traverse_util.unflatten_dict(params)
@@ -119,42 +95,22 @@ def save(
     folder = Path(folder).expanduser()
     check_params(config, params)
     flat: Any = traverse_util.flatten_dict(params)
-    for path, leaf in flat.items():
-        if leaf.dtype not in DTYPES.values():
-            raise UserError(
-                f"{'/'.join(path)} is {leaf.dtype}; "
-                "weights are saved in float32, float16 or bfloat16"
-            )
     if tokenizer is not None and tokenizer.vocab_size > config.vocab_size:
         raise UserError(
             f"the tokenizer has {tokenizer.vocab_size} ids and the model a vocabulary of "
             f"{config.vocab_size}; they do not belong together"
         )
-    places = {
-        name: (path, layer)
-        for path in flat
-        for layer, name in enumerate(_tensor_names(path, config.num_layers))
-    }
-
-    def spec(name: str) -> TensorSpec:
-        path, _ = places[name]
-        shape = flat[path].shape[path[0] == "blocks" :]
-        return TensorSpec(shape[::-1] if path[-1] == "kernel" else shape, flat[path].dtype)
-
-    def get(name: str) -> np.ndarray:
-        path, layer = places[name]
-        array = np.asarray(flat[path][layer] if path[0] == "blocks" else flat[path])
-        return array.T if path[-1] == "kernel" else array
-
-    values = config_to_json(dataclasses.replace(config, param_dtype=spec(_EMBEDDING).dtype))
+    names = {path: _tensor_names(path, config.num_layers) for path in flat}
+    tensors = LeafTensors(flat, names)
+    values = config_to_json(dataclasses.replace(config, param_dtype=tensors.spec(_EMBEDDING).dtype))
     with complete_or_absent(folder) as partial:
         (partial / "config.json").write_text(json.dumps(values, indent=2) + "\n")
-        write_tensors(partial, {name: spec(name) for name in places}, get, shard_bytes=_SHARD_BYTES)
+        tensors.write(partial)
         if tokenizer is not None:
             tokenizer.save(partial)
 
 
-def _leaves(config: LlamaConfig) -> dict[_Path, tuple[int, ...]]:
+def _leaves(config: LlamaConfig) -> dict[LeafPath, tuple[int, ...]]:
     """Returns the shape of every param, in the order in which they are used."""
     _, shapes = jax.eval_shape(functools.partial(init_params, config), jax.random.key(0))
     flat: Any = traverse_util.flatten_dict(shapes)
@@ -165,11 +121,11 @@ def _leaves(config: LlamaConfig) -> dict[_Path, tuple[int, ...]]:
     }
 
 
-def _pattern(path: _Path) -> str:
+def _pattern(path: LeafPath) -> str:
     return next(pattern for pattern, _ in _NAMES if re.fullmatch(pattern, "/".join(path)))
 
 
-def _tensor_names(path: _Path, num_layers: int) -> list[str]:
+def _tensor_names(path: LeafPath, num_layers: int) -> list[str]:
     """Returns Hugging Face's names of the tensors of a leaf, one for each layer of a block's."""
     pattern = _pattern(path)
     name = re.sub(pattern, dict(_NAMES)[pattern], "/".join(path))
@@ -177,7 +133,7 @@ def _tensor_names(path: _Path, num_layers: int) -> list[str]:
 
 
 def _check_tensors(
-    folder: Path, config: LlamaConfig, files: TensorFiles, leaves: dict[_Path, tuple[int, ...]]
+    folder: Path, config: LlamaConfig, files: TensorFiles, leaves: dict[LeafPath, tuple[int, ...]]
 ) -> None:
     """Compares the names and shapes of a folder's tensors with the model's."""
     wanted = {}
@@ -203,11 +159,3 @@ def _check_tensors(
                 f"{folder}: the tensor {name} has the shape {files.specs[name].shape}; by its "
                 f"config.json it must be {shape}"
             )
-
-
-def _aligned(shape: tuple[int, ...], dtype: np.dtype) -> np.ndarray:
-    """Allocates an array that JAX can use in place on a CPU."""
-    nbytes = math.prod(shape) * dtype.itemsize
-    space = np.empty(nbytes + _ALIGNMENT, np.uint8)
-    start = -space.ctypes.data % _ALIGNMENT
-    return space[start : start + nbytes].view(dtype).reshape(shape)
