@@ -16,6 +16,7 @@ Params = dict[str, Any]  # Nested dicts of arrays.
 DROPOUT_KEY = "dropout_key"  # of a batch: a PRNG key; without one nothing is dropped
 _HIDDEN = -1e30  # an attention score that leaves no probability, and no NaN where all are hidden
 
+
 class Table(nnx.Module):
     """An embedding of ``rows`` rows; ids outside it give NaN rather than a wrong row."""
 

@@ -16,7 +16,8 @@ from galore_jax.errors import UserError
 from galore_jax.folders import complete_or_absent
 from galore_jax.models.config import LlamaConfig
 from galore_jax.models.huggingface_config import config_to_json, read_config
-from galore_jax.models.leaf_tensors import LeafTensors, Path as LeafPath, TokenizerFiles, read_leaf
+from galore_jax.models.leaf_tensors import LeafTensors, TokenizerFiles, read_leaf
+from galore_jax.models.leaf_tensors import Path as LeafPath
 from galore_jax.models.llama import Params, check_params, init_params
 from galore_jax.models.tensor_files import TensorFiles
 
@@ -33,6 +34,7 @@ _NAMES = (
 )
 _HEAD, _EMBEDDING = "lm_head.weight", "model.embed_tokens.weight"
 _BUFFERS = re.compile(r"model\.layers\.\d+\.self_attn\.rotary_emb\.inv_freq")  # of old versions
+
 
 def load(
     folder: str | os.PathLike[str], dtype: DTypeLike | None = None

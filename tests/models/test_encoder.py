@@ -152,7 +152,10 @@ def test_a_bare_body_with_old_names_is_read_with_its_pooler(tmp_path):
         ({"is_decoder": True}, "is_decoder is true"),
         ({"num_hidden_layers": 3}, "lacks the tensor roberta.encoder.layer.2"),
         ({"num_hidden_layers": 1}, "has too much: the tensor roberta.encoder.layer.1"),
-        ({"intermediate_size": 95}, "has the shape (48, 96); by its config.json it must be (48, 95)"),
+        (
+            {"intermediate_size": 95},
+            "has the shape (48, 96); by its config.json it must be (48, 95)",
+        ),
         ({"problem_type": "multi_label_classification"}, "problem_type"),
         ({"hidden_dropout_prob": 1.5}, "hidden_dropout is 1.5"),
         ({"pad_token_id": 999}, "padding token is 999"),
