@@ -11,9 +11,10 @@ from typing import Any, ClassVar
 
 import numpy as np
 
-from galore_jax.data.c4 import check_tfds, find_c4
+from galore_jax.data.c4 import find_c4
 from galore_jax.data.packing import IGNORED, document_row, packed_rows
 from galore_jax.data.sample import prepare_sample
+from galore_jax.data.tfds_folders import check_tfds
 from galore_jax.data.tokenizer import open_tokenizer
 from galore_jax.errors import UserError
 

@@ -125,7 +125,7 @@ class Block(nnx.Module):
     """One post-norm transformer block."""
 
     def __init__(self, config: EncoderConfig, *, rngs: nnx.Rngs):
-        # Not attn_norm and mlp_norm: the patterns "attn" and "mlp" are for kernels and biases alone.
+        # Not attn_norm and mlp_norm: the patterns "attn" and "mlp" are for its parts alone.
         self.attn = SelfAttention(config, rngs=rngs)
         self.attention_norm = LayerNorm(config)
         self.mlp = FeedForward(config, rngs=rngs)
@@ -160,7 +160,7 @@ class Head(nnx.Module):
 
 
 class Encoder(nnx.Module):
-    """BERT (Devlin et al. 2018, arXiv:1810.04805) or RoBERTa (Liu et al. 2019, arXiv:1907.11692).
+    """A BERT (Devlin et al. 2018, arXiv:1810.04805) or RoBERTa (Liu et al. 2019, 1907.11692).
 
     Parameters, by path: ``embed/{word,position,token_type}/embedding``, ``embed/norm/{scale,bias}``;
     under ``blocks``, each with a leading axis of L layers, ``attn/{q,k,v,o}_proj/{kernel,bias}``,

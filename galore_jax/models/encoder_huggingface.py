@@ -124,9 +124,9 @@ def save(
     params: Params,
     tokenizer: TokenizerFiles | None = None,
 ) -> None:
-    """Writes a folder that ``load`` reads, and transformers' ``AutoModelForSequenceClassification``.
+    """Writes a folder that ``load`` reads.
 
-    It is written beside and renamed when it is complete.
+    transformers opens it with ``AutoModelForSequenceClassification``. It is written beside and renamed when it is complete.
 
     Args:
       folder: a folder that does not exist yet, or is empty.
