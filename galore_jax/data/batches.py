@@ -93,7 +93,7 @@ class TextData:
     def train_batches(self, *, batch_size: int, seed: int) -> "Batches":
         """Gives batches without end, each epoch in an order of its own, read ahead by a thread."""
         seed %= 2**32  # as Grain's shuffle wants it
-        return Batches(lambda state: _read_ahead(self._batches("train", batch_size, seed, state)))
+        return Batches(lambda state: read_ahead(self._batches("train", batch_size, seed, state)))
 
     def eval_batches(self, *, batch_size: int) -> "Batches":
         """Gives the held-out split once, in order; the last batch is filled with rows of -1.
@@ -175,7 +175,7 @@ def _close_all() -> None:
         stream.close()
 
 
-def _read_ahead(stream: _Stream, *, count: int = 4) -> _Stream:
+def read_ahead(stream: _Stream, *, count: int = 4) -> _Stream:
     """Yields what ``stream`` does, which a thread reads up to ``count`` ahead, until closed."""
     buffer: queue.Queue[Any] = queue.Queue(count)
     stop = threading.Event()

@@ -49,12 +49,15 @@ class SentenceTokenizer:
         self._tokenizer.no_truncation()
         self.vocab_size = max(self._tokenizer.get_vocab().values()) + 1
         self.pad_id = special_token(self._path, self._tokenizer, "pad")
-        self._added = len(self._tokenizer.encode("").ids)
-        if self._added < 2:
+        if self.special_tokens(1) < 2:
             raise UserError(
                 f"tokenizer {self._path} puts no special tokens before and after a sentence, whose "
                 "first one the model classifies by; it is not of a BERT or RoBERTa"
             )
+
+    def special_tokens(self, texts: int) -> int:
+        """Counts the tokens that are put around one text, or around and between two."""
+        return self._tokenizer.num_special_tokens_to_add(texts > 1)
 
     def encode(self, texts: Sequence[Sequence[str]], length: int) -> list[Encoded]:
         """Encodes examples, each of one text or two; the longer text is cut first.

@@ -126,7 +126,8 @@ def save(
 ) -> None:
     """Writes a folder that ``load`` reads.
 
-    transformers opens it with ``AutoModelForSequenceClassification``. It is written beside and renamed when it is complete.
+    transformers opens it with ``AutoModelForSequenceClassification``. It is written beside and
+    renamed when it is complete.
 
     Args:
       folder: a folder that does not exist yet, or is empty.

@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import optax
 
 from galore_jax.adapters import is_adapter, restart, trainable, with_trainable
-from galore_jax.models.stages import KERNELS, Stages
+from galore_jax.models.stages import DROPOUT_KEY, KERNELS, Stages
 from galore_jax.projected_grad import gradient_variables, project_gradients, with_variables
 from galore_jax.projection import ProjType
 from galore_jax.quantization import Quantized
@@ -55,7 +55,7 @@ class Mode:
         turn, which keeps the blocks' inputs of the whole batch. Otherwise, with projected gradients
         alone, one goes through all layers after the other: that keeps the float32 sums of all
         projected gradients.
-      dropout_seed: of the dropout of LoRA's inputs; None where there is none.
+      dropout_seed: of dropout, LoRA's and the model's; None where there is none.
       prune_ratio: for ReLoRA, the part of the moments that a merge sets to zero; else None.
     """
 
@@ -125,7 +125,8 @@ def make_train_step(
                 key = jax.random.fold_in(jax.random.key(mode.dropout_seed), state.step)
                 key = jax.random.fold_in(key, part["part"])
             params = with_trainable(state.params, trained, key)
-            return task.loss(model.forward(params, part), part) * per_target
+            inputs = part if key is None else {**part, DROPOUT_KEY: jax.random.fold_in(key, 0)}
+            return task.loss(model.forward(params, inputs), part) * per_target
 
         opt_state, norms, update_refreshes = state.opt_state, {}, refresh
         from_batch = mode.refresh_from == "batch" or mode.micro_batches == 1
@@ -201,10 +202,13 @@ def _pruned(moment: Any, key: jax.Array, ratio: float) -> Any:
 
 
 def split_batch(task: Task, batch: Batch, parts: int) -> tuple[jax.Array, jax.Array, Batch]:
-    """Returns the number of targets, its inverse, and the batch as (parts, sequences, ...)."""
-    tokens = task.count(batch)
-    per_target = 1.0 / jnp.maximum(tokens, 1).astype(jnp.float32)
-    return tokens, per_target, jax.tree.map(lambda x: x.reshape(parts, -1, *x.shape[1:]), batch)
+    """Returns the number of tokens, the inverse of what is counted, and the batch as (parts, sequences, ...)."""
+    per_target = 1.0 / jnp.maximum(task.count(batch), 1).astype(jnp.float32)
+    return (
+        task.tokens(batch),
+        per_target,
+        jax.tree.map(lambda x: x.reshape(parts, -1, *x.shape[1:]), batch),
+    )
 
 
 def cast_like(params: Any, grads: Any) -> Any:
@@ -236,9 +240,9 @@ def sum_over_parts(loss_and_grad, variables: Any, parts: Batch, first=()) -> tup
     return loss, grads
 
 
-def make_eval_step(model: Stages, task: Task) -> Callable[[Any, Batch], jax.Array]:
-    """Makes a pure function of (params, batch) that sums the loss over the targets."""
-    return lambda params, batch: task.loss(model.forward(params, batch), batch)
+def make_eval_step(model: Stages, task: Task) -> Callable[[Any, Batch], Any]:
+    """Makes a pure function of (params, batch) that gives what the task's evaluation needs."""
+    return lambda params, batch: task.judge(model.forward(params, batch), batch)
 
 
 def all_finite(state: TrainState) -> jax.Array:
