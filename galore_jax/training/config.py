@@ -20,7 +20,8 @@ Config = Any  # an ml_collections.ConfigDict with the keys of configs/base.py
 
 METHODS = ("galore", "galore_muon", "full", "lora", "relora", "low_rank")
 LANGUAGE_MODELLING = "language_modelling"
-# Keys of config.encoder and config.model that are not a model's own, but of how it computes or would be drawn.
+# Keys of config.encoder and config.model that are not a model's own, but of how it computes, is
+# trained or would be drawn.
 OWN_ENCODER_KEYS = frozenset(
     {"hidden_dropout", "attention_dropout", "classifier_dropout", "init_std"}
 )
@@ -217,7 +218,7 @@ def galore_rank(config: Config) -> int | dict[str, int | None]:
 
 
 def is_sentence_task(config: Config) -> bool:
-    """Tells whether the task is one of sentences, for an encoder; configs of older runs name none."""
+    """Tells whether the task is one of sentences; configs of older runs name no task."""
     return config.get("task", LANGUAGE_MODELLING) != LANGUAGE_MODELLING
 
 

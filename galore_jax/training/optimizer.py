@@ -43,11 +43,11 @@ _FIXED = {"adafactor": {"multiply_by_parameter_scale": False}}
 
 
 def make_schedule(config: Config) -> optax.Schedule:
-    """Makes a linear warm-up from 0 to the peak, then a cosine or a line to ``final_lr_ratio`` of it.
+    """Makes a linear warm-up from 0 to the peak, then a decay to ``final_lr_ratio`` of it.
 
-    The paper has a cosine in pre-training (appendix C.1), a line in fine-tuning. With ReLoRA it also rises from 0 after each merge. Called with
-    the number of updates already made, so that the first update has learning rate 0 if there is any
-    warm-up.
+    The paper's pre-training decays by a cosine (appendix C.1), its fine-tuning by a line. With
+    ReLoRA the rate also rises from 0 after each merge. Called with the number of updates already
+    made, so that the first update has learning rate 0 if there is any warm-up.
     """
     schedule, warmup = config.schedule, warmup_steps(config)
     end = schedule.peak_lr * schedule.final_lr_ratio

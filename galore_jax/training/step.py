@@ -202,7 +202,7 @@ def _pruned(moment: Any, key: jax.Array, ratio: float) -> Any:
 
 
 def split_batch(task: Task, batch: Batch, parts: int) -> tuple[jax.Array, jax.Array, Batch]:
-    """Returns the number of tokens, the inverse of what is counted, and the batch as (parts, sequences, ...)."""
+    """Returns the number of tokens, the weight of each loss, and the batch as (parts, ...)."""
     per_target = 1.0 / jnp.maximum(task.count(batch), 1).astype(jnp.float32)
     return (
         task.tokens(batch),
