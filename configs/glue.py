@@ -44,6 +44,29 @@ RATES = {
 }
 
 
+def with_rank(arg: str) -> tuple[ConfigDict, int]:
+    """The base config with what fine-tuning has in common, and the rank of ``rank=4,method=...``.
+
+    Raises:
+      UserError: a rank that is none, or what ``configs/base.py`` does not know.
+    """
+    items = arg.split(",")
+    ranks = [item.removeprefix("rank=") for item in items if item.startswith("rank=")]
+    config = base.get_config(",".join(item for item in items if not item.startswith("rank=")))
+    if len(ranks) > 1 or not all(rank.isdecimal() and int(rank) for rank in ranks):
+        raise UserError(f"config argument rank={','.join(ranks)} must be one positive integer")
+    rank = int(ranks[0]) if ranks else 4
+    config.schedule.warmup_steps = 0
+    config.schedule.decay = "linear"
+    config.schedule.final_lr_ratio = 0.0
+    config.galore.rank = config.lora.rank = rank
+    config.galore.scale = 4.0 if rank <= 4 else 2.0
+    config.lora.alpha = 2.0 * rank
+    config.lora.dropout = 0.0
+    config.lora.train_rest = ("head",)
+    return config, rank
+
+
 def get_config(arg: str = "") -> ConfigDict:
     task, _, rest = arg.partition(",")
     if task not in TASKS:
@@ -53,13 +76,7 @@ def get_config(arg: str = "") -> ConfigDict:
             f"configs/glue.py has no task {task!r}; {hint} As in "
             "--config=configs/glue.py:cola,method=galore,rank=4"
         )
-    items = rest.split(",")
-    ranks = [item.removeprefix("rank=") for item in items if item.startswith("rank=")]
-    config = base.get_config(",".join(item for item in items if not item.startswith("rank=")))
-    if len(ranks) > 1 or not all(rank.isdecimal() and int(rank) for rank in ranks):
-        raise UserError(f"config argument rank={','.join(ranks)} must be one positive integer")
-    rank = int(ranks[0]) if ranks else 4
-
+    config, rank = with_rank(rest)
     config.task = task
     config.train_epochs = 30.0
     config.eval_every_epochs = 1.0
@@ -73,15 +90,7 @@ def get_config(arg: str = "") -> ConfigDict:
     config.data.seq_len = 512
 
     config.schedule.peak_lr = RATES[task][0 if config.method == "full" or rank <= 4 else 1]
-    config.schedule.warmup_steps = 0
-    config.schedule.decay = "linear"
-    config.schedule.final_lr_ratio = 0.0
-    config.galore.rank = config.lora.rank = rank
     config.galore.update_proj_gap = 500
-    config.galore.scale = 4.0 if rank <= 4 else 2.0
-    config.lora.alpha = 2.0 * rank
-    config.lora.dropout = 0.0
-    config.lora.train_rest = ("head",)
     if config.method == "lora":
         config.schedule.peak_lr = 5e-4
     return config

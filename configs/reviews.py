@@ -11,13 +11,13 @@ so. docs/finetuning.md has the accuracies.
 
 from ml_collections import ConfigDict
 
-from configs import base
+from configs import glue
 
 RATES = {"galore": 1e-4, "full": 1e-4, "lora": 1e-3}
 
 
 def get_config(arg: str = "") -> ConfigDict:
-    config = base.get_config(arg)
+    config, _ = glue.with_rank(arg)
     config.task = "sst2"
     config.init_from = "minilm"
     config.train_epochs = 1.0
@@ -44,13 +44,5 @@ def get_config(arg: str = "") -> ConfigDict:
     config.data.seq_len = 64
 
     config.schedule.peak_lr = RATES.get(config.method, 1e-4)
-    config.schedule.warmup_steps = 0
-    config.schedule.decay = "linear"
-    config.schedule.final_lr_ratio = 0.0
-    config.galore.rank = config.lora.rank = 4
     config.galore.update_proj_gap = 100
-    config.galore.scale = 4.0
-    config.lora.alpha = 16.0
-    config.lora.dropout = 0.0
-    config.lora.train_rest = ("head",)
     return config

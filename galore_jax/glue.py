@@ -141,23 +141,13 @@ def _runs(given: Any, settings: list[str]) -> Iterator[Run]:
         for rank in ([None] if method == "full" else ranks)
     ]
     for seed, task, variant in itertools.product(range(given.seeds), tasks, variants):
-        row = [] if given.reviews else [task]
-        row += [f"method={variant.method}"]
-        if not given.reviews and variant.rank is not None:
-            row.append(f"rank={variant.rank}")
+        row = [*([] if given.reviews else [task]), f"method={variant.method}"]
+        row += [] if variant.rank is None else [f"rank={variant.rank}"]
         file = f"{configs / ('reviews.py' if given.reviews else 'glue.py')}:{','.join(row)}"
-        own = [f"--config.seed={seed}"]
-        if given.reviews and variant.rank is not None:
-            own.append(f"--config.{variant.method}.rank={variant.rank}")
-        if variant == ("galore", 8) and given.reviews:
-            own.append("--config.galore.scale=2.0")  # as in the paper
-        if variant.method == "lora" and given.reviews:
-            own.append(f"--config.lora.alpha={4.0 * (variant.rank or 1)}")
         for rate in rates.get(variant.method, [None]):
-            chosen = [] if rate is None else [f"--config.schedule.peak_lr={rate}"]
-            parsed = parse(
-                ["", f"--config={file}", *own, *chosen, *settings], usage="", configs=configs
-            )
+            own = [f"--config.seed={seed}"]
+            own += [] if rate is None else [f"--config.schedule.peak_lr={rate}"]
+            parsed = parse(["", f"--config={file}", *own, *settings], usage="", configs=configs)
             assert parsed is not None  # there is no --help among these
             rank = "" if variant.rank is None else f"-r{variant.rank}"
             at = "" if rate is None else f"-{rate:g}"
