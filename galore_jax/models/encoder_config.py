@@ -81,7 +81,7 @@ class EncoderConfig:
             rate = getattr(self, name)
             if rate is None and name == "classifier_dropout":
                 continue
-            if not _is_number(rate) or not 0 <= rate < 1:
+            if rate is None or not _is_number(rate) or not 0 <= rate < 1:
                 raise UserError(f"{name} is {rate!r}; it must be at least 0 and less than 1")
         if self.hidden_size % self.num_heads:
             raise UserError(

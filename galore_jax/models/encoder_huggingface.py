@@ -18,7 +18,13 @@ from galore_jax.models import leaf_tensors
 from galore_jax.models.encoder import Params, init_params
 from galore_jax.models.encoder_config import EncoderConfig
 from galore_jax.models.encoder_json import config_to_json, read_encoder_config
-from galore_jax.models.leaf_tensors import LeafTensors, TokenizerFiles, read_leaf, tensor_shape
+from galore_jax.models.leaf_tensors import (
+    LeafTensors,
+    TokenizerFiles,
+    check_shapes,
+    read_leaf,
+    tensor_shape,
+)
 from galore_jax.models.tensor_files import TensorFiles
 
 # Our paths, and Hugging Face's names of the body without "bert." or "roberta.", with the layer in
@@ -141,18 +147,15 @@ def save(
         more ids than the model.
     """
     folder = Path(folder).expanduser()
+    shapes = jax.eval_shape(functools.partial(init_params, config), jax.random.key(0))[1]
+    check_shapes(shapes, params)
     flat: Any = traverse_util.flatten_dict(params)
-    wanted = _leaves(config)
-    for path in sorted(wanted.keys() | flat.keys()):
-        has = getattr(flat.get(path), "shape", "no array")
-        if has != wanted.get(path, "no array"):
-            raise UserError(f"the params do not fit the model: {'/'.join(path)} is {has}")
     if tokenizer is not None and tokenizer.vocab_size > config.vocab_size:
         raise UserError(
             f"the tokenizer has {tokenizer.vocab_size} ids and the model a vocabulary of "
             f"{config.vocab_size}; they do not belong together"
         )
-    tensors = LeafTensors(flat, {path: tensor_names(config, path) for path in wanted})
+    tensors = LeafTensors(flat, {path: tensor_names(config, path) for path in _leaves(config)})
     dtype = flat["embed", "word", "embedding"].dtype
     values = config_to_json(dataclasses.replace(config, param_dtype=dtype))
     with complete_or_absent(folder) as partial:

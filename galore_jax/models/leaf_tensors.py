@@ -12,6 +12,7 @@ from typing import Any, Protocol
 
 import jax
 import numpy as np
+from flax import traverse_util
 from jax.typing import DTypeLike
 
 from galore_jax.errors import UserError
@@ -42,6 +43,19 @@ def tensor_shape(path: Path, shape: tuple[int, ...]) -> tuple[int, ...]:
     """
     shape = shape[path[0] == BLOCKS :]
     return shape[::-1] if path[-1] == "kernel" else shape
+
+
+def check_shapes(shapes: Any, params: Any, what: str = "the params") -> None:
+    """Checks that params have the names and shapes of a model's, both nested dicts.
+
+    Raises:
+      UserError: one that the model lacks, or that lacks, or of another shape.
+    """
+    wanted, found = traverse_util.flatten_dict(shapes), traverse_util.flatten_dict(params)
+    for path in sorted(wanted.keys() | found.keys()):
+        want, has = (getattr(tree.get(path), "shape", "no array") for tree in (wanted, found))
+        if has != want:
+            raise UserError(f"{what} do not fit the model: {'/'.join(path)} is {has}, not {want}")
 
 
 def read_leaf(

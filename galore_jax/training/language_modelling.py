@@ -81,8 +81,15 @@ class LanguageModelling:
         stop: Callable[[], bool] = lambda: False,
     ) -> Evaluation | None:
         """Computes loss and perplexity, see ``galore_jax.training.evaluation``."""
-        sizes = {"batch_size": batch_size, "most_targets": most_targets}
-        found = evaluate(judge, params, self, data, **sizes, stop=stop)
+        found = evaluate(
+            judge,
+            params,
+            self,
+            data,
+            batch_size=batch_size,
+            most_targets=most_targets,
+            stop=stop,
+        )
         if found is None:
             return None
         metrics = {"eval_loss": found.loss, "eval_perplexity": found.perplexity}

@@ -57,8 +57,8 @@ class SentenceTask:
         rows: Any = jax.ShapeDtypeStruct((sequences, self.data.length), np.int32)
         one: Any = jax.ShapeDtypeStruct((sequences,), np.int32)
         numbers: Any = jax.ShapeDtypeStruct((sequences,), np.float32)
-        batch = dict.fromkeys(("mask", "token_types", "tokens"), rows)
         labels = numbers if len(self.labels) == 1 else one
+        batch = {"tokens": rows, "mask": rows, "token_types": rows}
         return {**batch, "labels": labels, "example": one, "is_example": one}
 
     def count(self, batch: Any) -> Any:

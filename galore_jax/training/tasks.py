@@ -2,7 +2,7 @@
 
 import dataclasses
 from collections.abc import Callable
-from typing import Any, Protocol
+from typing import Any, ClassVar, Protocol
 
 import jax
 
@@ -60,7 +60,7 @@ class Task(Protocol):
       keeps_best: whether the checkpoint of the best evaluation is kept beside the newest.
     """
 
-    keeps_best: bool
+    keeps_best: ClassVar[bool]
 
     def open_data(self) -> Any:
         """Opens the data; a UserError says what is missing or does not fit the model."""
