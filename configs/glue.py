@@ -28,7 +28,7 @@ import difflib
 from ml_collections import ConfigDict
 
 from configs import base
-from galore_jax.data.glue import TASKS
+from galore_jax.data.glue_tasks import TASKS
 from galore_jax.errors import UserError
 
 # GaLore's peak learning rates at ranks 4 and 8.

@@ -202,7 +202,7 @@ def merge(params: Any) -> Any:
 
     def plain(node: Any) -> Any:
         if isinstance(node, Frozen):
-            return node.value
+            return node.array
         if not is_adapter(node):
             return node
         a, b = node.a.astype(jnp.float32), node.b.astype(jnp.float32)

@@ -35,7 +35,7 @@ from typing import Any
 import jax
 
 from galore_jax.command import Flags, run_command
-from galore_jax.data.glue import TASKS
+from galore_jax.data.glue_tasks import TASKS
 from galore_jax.errors import UserError
 from galore_jax.models.architectures import ModelConfig, architecture_of
 from galore_jax.models.encoder_huggingface import load

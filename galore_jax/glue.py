@@ -34,7 +34,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from galore_jax.command import Flags, run_command
-from galore_jax.data.glue import TASKS
+from galore_jax.data.glue_tasks import TASKS
 from galore_jax.errors import UserError
 from galore_jax.training.cli import find_configs, parse
 from galore_jax.training.experiment import make_experiment

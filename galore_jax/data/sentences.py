@@ -8,7 +8,8 @@ from typing import Any
 import numpy as np
 
 from galore_jax.data.batches import Batch, Batches, read_ahead
-from galore_jax.data.glue import TASKS, Examples, read_glue
+from galore_jax.data.glue import Examples, read_glue
+from galore_jax.data.glue_tasks import TASKS
 from galore_jax.data.reviews import prepare_reviews
 from galore_jax.data.sentence_tokenizer import Encoded, SentenceTokenizer
 from galore_jax.errors import UserError
@@ -22,7 +23,7 @@ class SentenceConfig:
     """Says which examples to read and how to lay them out.
 
     Attributes:
-      task: a key of ``galore_jax.data.glue.TASKS``.
+      task: a key of ``galore_jax.data.glue_tasks.TASKS``.
       name: ``"glue"`` or ``"reviews"``.
       data_dir: the folder that holds GLUE; not for the reviews.
       tokenizer: a ``tokenizer.json`` or a folder with one; None for the reviews' own.

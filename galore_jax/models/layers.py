@@ -21,7 +21,7 @@ def value_of(variable: nnx.Variable) -> Any:
     """Returns the array of a variable, or what stands in for it."""
     # Flax 0.12 deprecates `.value`; 0.11 has nothing else that also gives a pytree.
     value = variable.get_value() if hasattr(nnx.Variable, "get_value") else variable.value
-    return jax.lax.stop_gradient(value.value) if isinstance(value, Frozen) else value
+    return jax.lax.stop_gradient(value.array) if isinstance(value, Frozen) else value
 
 
 class Embedding(nnx.Module):

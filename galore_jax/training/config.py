@@ -8,7 +8,7 @@ from typing import Any
 
 import jax
 
-from galore_jax.data.glue import TASKS
+from galore_jax.data.glue_tasks import TASKS
 from galore_jax.errors import UserError, check_rank
 from galore_jax.projection import PROJ_TYPES
 from galore_jax.projectors import PROJECTOR_METHODS

@@ -5,7 +5,7 @@ from pathlib import Path
 
 from galore_jax.data import minilm
 from galore_jax.data.batches import DataConfig
-from galore_jax.data.glue import TASKS
+from galore_jax.data.glue_tasks import TASKS
 from galore_jax.data.sentences import SentenceConfig
 from galore_jax.errors import UserError
 from galore_jax.models.architectures import ModelConfig
@@ -17,6 +17,7 @@ from galore_jax.training.config import (
     OWN_ENCODER_KEYS,
     OWN_MODEL_KEYS,
     Config,
+    check_config,
     is_sentence_task,
 )
 from galore_jax.training.language_modelling import LanguageModelling
@@ -113,6 +114,7 @@ def count_updates(config: Config) -> Config:
     """
     if config.train_epochs is None:
         return config
+    check_config(config)
     if not is_sentence_task(config):
         raise UserError(
             f"config.train_epochs={config.train_epochs} is for the tasks of sentences; give "

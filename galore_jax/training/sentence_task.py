@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from galore_jax.data.glue import TASKS
+from galore_jax.data.glue_tasks import TASKS
 from galore_jax.data.sentences import SentenceConfig, SentenceData
 from galore_jax.training.scores import SCORES, SCORES_OF_TASK
 from galore_jax.training.tasks import Batch, Evaluation
