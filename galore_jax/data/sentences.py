@@ -1,6 +1,7 @@
 """Batches of labelled sentences or pairs, resumable at any position."""
 
 import dataclasses
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -81,7 +82,8 @@ class SentenceData:
             if config.task != "sst2":
                 raise UserError("the reviews are labelled for the task sst2 alone")
             data_dir = prepare_reviews()
-            tokenizer = tokenizer or str(data_dir)
+        if config.name == "reviews" and tokenizer is None:
+            tokenizer = str(prepare_reviews())
         found = read_glue(config.task, data_dir)
         if tokenizer is None:
             raise UserError(
@@ -147,7 +149,8 @@ class SentenceData:
     def _say_once(self, encoded: list[Encoded]) -> None:
         if not self._said and any(row.was_cut for row in encoded):
             self._said = True
-            print(f"examples of more than {self._config.length} tokens are cut", flush=True)
+            line = f"examples of more than {self._config.length} tokens are cut"
+            print(line, file=sys.stderr, flush=True)
 
 
 def _epoch(sizes: np.ndarray, size: int, seed: int, epoch: int) -> Iterator[np.ndarray]:

@@ -120,7 +120,7 @@ def test_what_is_too_long_is_cut_and_said_once(tmp_path, capsys):
     for _ in range(2):
         with made.eval_batches("validation", batch_size=4) as batches:
             assert all(batch["tokens"].shape[1] <= 6 for batch in batches)
-    assert capsys.readouterr().out.count("examples of more than 6 tokens are cut") == 1
+    assert capsys.readouterr().err.count("examples of more than 6 tokens are cut") == 1
 
 
 @pytest.mark.parametrize(
