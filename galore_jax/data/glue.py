@@ -88,7 +88,7 @@ def _read_tfds(task: GlueTask, folder: Path) -> Glue:
     check_tfds()
     builder: Any = tfds.builder_from_directory(folder)
     info = builder.info
-    _require((*task.texts, "label"), tuple(info.features), "feature", str(folder))
+    _require((*task.texts, "label"), tuple(sorted(info.features)), "feature", str(folder))
     splits, form = {}, info.file_format.value
     for split in ("train", *task.held_out):
         if split not in info.splits or not info.splits[split].num_examples:

@@ -53,7 +53,7 @@ def test_a_missing_column_is_named(tmp_path):
 def test_a_missing_feature_is_named(tmp_path):
     features = {"text": tfds.features.Text(), "label": tfds.features.ClassLabel(num_classes=2)}
     write_glue(tmp_path, "sst2", features=features, row=lambda row: {"text": row[0], "label": 1})
-    with pytest.raises(UserError, match="lacks the feature sentence; it has text, label"):
+    with pytest.raises(UserError, match="lacks the feature sentence; it has label, text"):
         read_glue("sst2", tmp_path)
 
 
