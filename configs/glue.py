@@ -71,7 +71,7 @@ def get_config(arg: str = "") -> ConfigDict:
     task, _, rest = arg.partition(",")
     if task not in TASKS:
         near = difflib.get_close_matches(task, TASKS, n=1)
-        hint = f"did you mean {near[0]}?" if near else f"tasks are {', '.join(TASKS)}"
+        hint = f"did you mean {near[0]}?" if near else f"tasks are {', '.join(TASKS)}."
         raise UserError(
             f"configs/glue.py has no task {task!r}; {hint} As in "
             "--config=configs/glue.py:cola,method=galore,rank=4"
