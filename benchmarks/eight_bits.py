@@ -1,4 +1,4 @@
-"""Trains with 8-bit states and projectors and with bfloat16 weights, and writes a table.
+"""Trains with 8-bit states and projectors, and bfloat16 or int8 weights, and writes a table.
 
   python benchmarks/eight_bits.py --out=docs/eight_bits_sample.md
 
@@ -16,6 +16,7 @@ from typing import NamedTuple
 from sample_runs import final_eval_loss, train
 
 BF16: dict[str, object] = {"param_dtype": "bfloat16"}
+INT8: dict[str, object] = {"param_dtype": "int8"}
 
 
 class Variant(NamedTuple):
@@ -47,6 +48,19 @@ VARIANTS = {
         {**BF16, "param_rounding": "stochastic"},
         "galore, adamw8bit",
     ),
+}
+BY_DEFAULT = list(VARIANTS)  # the others are for docs/int8.md
+VARIANTS |= {
+    "galore, int8 weights": Variant("method=galore", INT8, "galore"),
+    "galore, int8 weights, projector in 4 bits": Variant(
+        "method=galore", {**INT8, "galore.projector_bits": 4}, "galore, projector in 4 bits"
+    ),
+    "galore, int8 weights, projector in 4 bits, nearest": Variant(
+        "method=galore",
+        {**INT8, "galore.projector_bits": 4, "param_rounding": "nearest"},
+        "galore, projector in 4 bits",
+    ),
+    "galore, lazy refreshes": Variant("method=galore", {"galore.lazy_refresh": 0.4}, "galore"),
 }
 
 
@@ -80,7 +94,7 @@ def main() -> None:
         description=__doc__, formatter_class=argparse.RawTextHelpFormatter
     )
     parser.add_argument("--config", default="configs/sample.py")
-    parser.add_argument("--runs", choices=VARIANTS, nargs="+", default=list(VARIANTS))
+    parser.add_argument("--runs", choices=VARIANTS, nargs="+", default=BY_DEFAULT)
     parser.add_argument("--seeds", type=int, nargs="+", default=[0])
     parser.add_argument("--workdir", type=Path, default=Path("runs/eight_bits"))
     parser.add_argument("--out", type=Path, required=True, help="the Markdown table to write")

@@ -45,9 +45,12 @@ def get_config(arg: str = "") -> ConfigDict:
     config.keep_checkpoints = 2  # the newest ones
     config.tensorboard = False  # write event files to the workdir too
     config.dtype = "bfloat16"  # of activations and matrix products
-    config.param_dtype = "bfloat16"  # of weights, gradients, projectors and moments
-    # Of bfloat16 weights: "nearest" loses updates below about a 256th of one, "stochastic" not.
-    config.param_rounding = "nearest"
+    # Of weights, gradients, projectors and moments. "int8": of weights alone, all else in dtype;
+    # no copy in floats is kept (docs/int8.md).
+    config.param_dtype = "bfloat16"
+    # Of bfloat16 and int8 weights: "nearest" loses updates below about a 256th of one, "stochastic"
+    # not. None: "stochastic" for int8, else "nearest".
+    config.param_rounding = config_dict.placeholder(str)
     # "standard": all gradients, then all updates. "layerwise": each layer's weights are updated as
     # soon as its gradient is there, so that one layer's exists at a time (README, "Modes").
     config.updates = "standard"
@@ -143,6 +146,10 @@ def get_config(arg: str = "") -> ConfigDict:
     config.galore.projector_dtype = config_dict.placeholder(str)  # None: param_dtype
     config.galore.projector_bits = config_dict.placeholder(int)  # 8 or 4 for integers; None: dtype
     config.galore.target_modules = ("attn", "mlp")  # regular expressions on the weights' paths
+
+    # From 0 to 1: a matrix whose successive projectors overlap by at least this much waits twice as
+    # long for the next one (docs/int8.md); None: all are refreshed every update_proj_gap updates.
+    config.galore.lazy_refresh = config_dict.placeholder(float)
 
     # "column" or "matrix": add the gradient outside the subspace, scaled as the optimizer scales
     # what is inside, by columns or by matrices (Fira). It needs the full gradients.

@@ -1,4 +1,4 @@
-r"""The paper's LLaMAs on C4: configs/llama.py:60m, 130m, 350m, 1b, 7b, and 7b_24gb for one card.
+r"""The paper's LLaMAs on C4: configs/llama.py:60m, 130m, 350m, 1b, 7b, and rows for one card.
 
   python train.py --config=configs/llama.py:60m --config.data.data_dir=DIR \
       --config.data.tokenizer=SPIECE_MODEL --workdir=runs/60m
@@ -32,6 +32,14 @@ one card, whose hooks step at every micro-batch: for 512 sequences the blocks' i
 32 GiB, and float32 sums of the projected gradients 7.3 GiB. 4,800,000 updates are the 19.7B tokens
 of 7b; the perplexity to expect is not known.
 
+7b_12gb, 7b_16gb and 13b_24gb keep the weights in int8 and the projectors in int4 as well, with the
+learning rate that Q-GaLore (arXiv:2407.08296) has for 7B (docs/int8.md). Updates are of 16 x 256
+tokens in micro-batches of one. 7b_12gb has rank 512, with which such an update fits 12 GiB, 7b_16gb
+has 1024; 13b_24gb is LLaMA-13B at rank 1280. On a T4 give --config.dtype=float16.
+
+  python -m galore_jax.memory --config=configs/llama.py:7b_12gb --target=rtx3060
+  python -m galore_jax.memory --config=configs/llama.py:13b_24gb --target=rtx4090
+
 70b has the shape of LLaMA-2-70B, for the memory report of a mesh (--mesh, docs/scale_out.md), and
 7b's settings for want of others.
 
@@ -55,8 +63,12 @@ ROWS = {
     "1b": (100_000, 32, 512, 200, 0.01, 0.0005),
     "7b": (150_000, 16, 1024, 500, 0.005, 0.0005),
     "7b_24gb": (4_800_000, 16, 1024, 500, 0.005, 0.0005),
+    "7b_12gb": (4_800_000, 1, 512, 500, 0.004, 0.0005),
+    "7b_16gb": (4_800_000, 1, 1024, 500, 0.004, 0.0005),
+    "13b_24gb": (4_800_000, 1, 1280, 500, 0.004, 0.0005),
     "70b": (150_000, 16, 2048, 500, 0.005, 0.0005),
 }
+INT8_ROWS = ("7b_12gb", "7b_16gb", "13b_24gb")
 
 
 def get_config(arg: str = "") -> ConfigDict:
@@ -66,8 +78,9 @@ def get_config(arg: str = "") -> ConfigDict:
             f"configs/llama.py has no row {row!r}; give one of {', '.join(ROWS)} after the colon, "
             "as in --config=configs/llama.py:60m,method=full"
         )
-    config = base.get_config(f"optimizer=adamw8bit,{rest}" if row == "7b_24gb" else rest)
-    sizes = dataclasses.asdict(PRESETS[f"llama_{row.removesuffix('_24gb')}"])
+    size, _, card = row.partition("_")
+    config = base.get_config(f"optimizer=adamw8bit,{rest}" if card else rest)
+    sizes = dataclasses.asdict(PRESETS[f"llama_{size}"])
     config.model.update({key: sizes[key] for key in config.model})
     steps, micro_batch, rank, gap, galore_lr, full_lr = ROWS[row]
     config.train_steps = steps
@@ -75,11 +88,14 @@ def get_config(arg: str = "") -> ConfigDict:
     config.galore.rank = config.lora.rank = rank
     config.galore.update_proj_gap = gap
     config.schedule.peak_lr = full_lr if config.method == "full" else galore_lr
-    config.remat = row in ("1b", "7b", "7b_24gb", "70b")
+    config.remat = size in ("1b", "7b", "13b", "70b")
     if row == "7b":
         config.optimizer.clip_norm = 1.0
-    if row == "7b_24gb":
+    if card:
         config.batch_size = 16
         config.updates = "layerwise"
         config.eval_every_steps = config.checkpoint_every_steps = 32_000
+    if row in INT8_ROWS:
+        config.param_dtype = "int8"
+        config.galore.projector_bits = 4
     return config

@@ -19,6 +19,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
+from galore_jax.int8_kernels import is_int8
 from galore_jax.kernels import Frozen
 from galore_jax.weights import Patterns, leaf_path, path_filter, projection_mask
 
@@ -264,7 +265,7 @@ def with_trainable(params: Any, trained: Any, dropout_key: jax.Array | None = No
     >>> with_trainable(params, trainable(params))["kernel"].kernel.shape
     (4, 6)
     """
-    leaves, treedef = jax.tree.flatten(params, is_leaf=_is_node)
+    leaves, treedef = jax.tree.flatten(params, is_leaf=lambda x: _is_node(x) or is_int8(x))
     nodes = []
     for i, (leaf, new) in enumerate(zip(leaves, treedef.flatten_up_to(trained), strict=True)):
         node = leaf if isinstance(leaf, Frozen) else new

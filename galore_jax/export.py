@@ -10,7 +10,8 @@ flags:
   --step=N                the checkpoint of that step; default: the best one of a run on GLUE's
                           tasks, else the newest
   --dtype=float32|float16|bfloat16
-                          of the weights; default: as they were trained
+                          of the weights; default: as they were trained, and of int8 weights as they
+                          entered products
   --help                  this text
 """
 
@@ -21,6 +22,7 @@ import jax
 
 from galore_jax.command import Flags, run_command
 from galore_jax.errors import UserError
+from galore_jax.int8_kernels import is_int8
 from galore_jax.models.architectures import architecture_of
 from galore_jax.models.llama import count_params
 from galore_jax.training.saved_run import open_run
@@ -45,7 +47,7 @@ def _run(arguments: list[str]) -> None:
     run = open_run(given.workdir, given.step)
     params = run.params
     if given.dtype is not None:
-        params = jax.tree.map(lambda leaf: leaf.astype(given.dtype), params)
+        params = jax.tree.map(lambda leaf: leaf.astype(given.dtype), params, is_leaf=is_int8)
     architecture_of(run.model).save(given.to, run.model, params, run.tokenizer)
     millions = count_params(params) / 1e6
     print(f"written: {given.to}, {millions:,.2f}M parameters after update {run.step}")

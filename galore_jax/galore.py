@@ -12,6 +12,7 @@ from jax.core import Tracer
 from jax.sharding import AxisType, NamedSharding
 
 from galore_jax.chaining import bare_galore
+from galore_jax.lazy_refresh import no_times
 from galore_jax.options import CheckedOptions
 from galore_jax.plan import Plan, planner
 from galore_jax.projection import (
@@ -42,12 +43,15 @@ class GaLoreState(NamedTuple):
         leaves (the shape of R, the leaf's dtype).
       recovered_norm: with ``recovery`` the params' tree; for each projected matrix the norm that
         limits the next one, () float32 or that of a stack, see ``galore_jax.recovery``. Else ().
+      refresh_times: with ``lazy_refresh`` the params' tree; a
+        ``galore_jax.lazy_refresh.RefreshTimes`` for each projected leaf. Else ().
     """
 
     count: jax.typing.ArrayLike  # pyright: ignore[reportIncompatibleMethodOverride]
     projector: Any
     inner_state: optax.OptState
     recovered_norm: Any = ()
+    refresh_times: Any = ()
 
 
 class GaLore(optax.GradientTransformationExtraArgs):
@@ -78,6 +82,7 @@ def galore(
     projector_bits: Literal[8, 4] | None = None,
     seed: int = 0,
     recovery: Recovery | None = None,
+    lazy_refresh: float | None = None,
 ) -> GaLore:
     r"""Trains whole matrices while the optimizer sees, and keeps, only low-rank projections.
 
@@ -128,6 +133,9 @@ def galore(
         scaled by columns or by matrices as the optimizer scales what is inside (Fira), see
         ``galore_jax.recovery``. It needs full gradients at each update, and keeps one number a
         matrix.
+      lazy_refresh: None, or an overlap of two successive bases from 0 to 1: each matrix waits
+        twice as long for its next projector while its own is at least that, see
+        ``galore_jax.lazy_refresh``. Q-GaLore's threshold is 0.4.
 
     Returns:
       A ``GaLore`` transformation with a ``GaLoreState``. Its ``update`` takes
@@ -178,6 +186,7 @@ def galore(
         projector_bits=projector_bits,
         seed=seed,
         recovery=recovery,
+        lazy_refresh=lazy_refresh,
     )
     if optimizer is None:
         return bare_galore(lambda inner: wrap_optimizer(lambda _: inner, options))
@@ -210,16 +219,20 @@ def wrap_optimizer(
         turns = not options.rotate_moments or first_moments(inner_state)
         if not turns and jax.tree.leaves(projectors):
             warnings.warn(_NOTHING_TURNS, stacklevel=2)
-        norms = ()
+        norms, times = (), ()
         if options.recovery is not None:
             norms = jax.tree.map(no_norm, params, plan.specs)
-        return GaLoreState(jnp.zeros([], jnp.int32), projectors, inner_state, norms)
+        if options.lazy_refresh is not None:
+            if plan.copies:
+                raise ValueError(_NO_LAZY_COPIES)
+            times = jax.tree.map(no_times, params, plan.specs)
+        return GaLoreState(jnp.zeros([], jnp.int32), projectors, inner_state, norms, times)
 
     def new_projectors(
         plan: Plan, due: bool | jax.Array, gradients: Any, state: Any, params: Any
-    ) -> tuple[Any, optax.OptState]:
+    ) -> tuple[Any, optax.OptState, Any]:
         """P from G where that is due; first moments and copies of weights follow it."""
-        stored, inner_state = refresh_projectors(options, due, gradients, plan.specs, state)
+        stored, inner_state, times = refresh_projectors(options, due, gradients, plan.specs, state)
         if plan.copies:
             inner_state = plan.copies.follow(
                 due,
@@ -231,13 +244,13 @@ def wrap_optimizer(
                 options.scale,
                 state.count,
             )
-        return stored, inner_state
+        return stored, inner_state, times
 
     def refresh(gradients: Any, state: Any, params: Any = None) -> GaLoreState:
         plan = plan_of(gradients)
         plan.check_fit(True, gradients, state)
-        stored, inner_state = new_projectors(plan, True, gradients, state, params)
-        return GaLoreState(state.count, stored, inner_state, state.recovered_norm)
+        stored, inner_state, times = new_projectors(plan, True, gradients, state, params)
+        return GaLoreState(state.count, stored, inner_state, state.recovered_norm, times)
 
     def update(
         updates: optax.Updates,
@@ -252,7 +265,7 @@ def wrap_optimizer(
         plan.check_fit(due, updates, state)
 
         # P, at updates 0, T, 2T, ... new from G
-        stored, inner_state = new_projectors(plan, due, updates, state, params)
+        stored, inner_state, times = new_projectors(plan, due, updates, state, params)
         projectors = dense(stored)
 
         # R = P^T G
@@ -280,7 +293,8 @@ def wrap_optimizer(
         # W <- W + scale * (P N + S)
         back = functools.partial(bring_back, options.scale, due)
         new = on_matrices(back, plan.specs, steps, projectors, decay, outside, *weights)
-        return new, GaLoreState(optax.safe_increment(state.count), stored, inner_state, norms)
+        count = optax.safe_increment(state.count)
+        return new, GaLoreState(count, stored, inner_state, norms, times)
 
     def update_on_any_mesh(
         updates: optax.Updates,
@@ -307,6 +321,11 @@ def wrap_optimizer(
 _NOTHING_TURNS = (
     "rotate_moments=True does nothing here: the optimizer's state has no first moment named mu, "
     "trace or ema that can turn"
+)
+
+_NO_LAZY_COPIES = (
+    "lazy_refresh cannot be used with an optimizer that keeps copies of the weights in its state "
+    "(schedule_free, prodigy, dog), which follow all projectors at once"
 )
 
 

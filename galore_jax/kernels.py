@@ -22,6 +22,7 @@ from typing import Any, Protocol, runtime_checkable
 import jax
 import jax.numpy as jnp
 
+from galore_jax.int8_kernels import is_int8
 from galore_jax.projection import ProjectedGradient, Side, TwoSided, dense
 
 
@@ -71,7 +72,7 @@ class ProjectedKernel:
     kernel itself counts as a constant.
 
     Attributes:
-      kernel: (..., m, n).
+      kernel: (..., m, n), or an ``Int8Kernel`` of that shape.
       projector: P, as it is stored (shapes: ``galore_jax.projection``).
       gradient: a ``ProjectedGradient`` of zeros, the variable Z.
     """
@@ -124,7 +125,9 @@ def detached(kernel: Any) -> Any:
     return dataclasses.replace(kernel, kernel=weights, projector=projector)
 
 
-def _product(x: jax.Array, kernel: jax.Array, out_dtype: Any) -> jax.Array:
+def _product(x: jax.Array, kernel: Any, out_dtype: Any) -> jax.Array:
+    if is_int8(kernel):
+        return kernel.product(x, out_dtype)
     return jnp.dot(x, kernel.astype(x.dtype), preferred_element_type=out_dtype)
 
 
@@ -134,7 +137,7 @@ def _product(x: jax.Array, kernel: jax.Array, out_dtype: Any) -> jax.Array:
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))
 def _projected_product(
-    side: Side, out_dtype: Any, x: jax.Array, kernel: jax.Array, projector: Any, variable: jax.Array
+    side: Side, out_dtype: Any, x: jax.Array, kernel: Any, projector: Any, variable: jax.Array
 ) -> jax.Array:
     del side, projector, variable
     return _product(x, kernel, out_dtype)
@@ -158,9 +161,11 @@ _projected_product.defvjp(_product_forward, _product_backward)
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
 def _transposed_product(
-    side: Side, dy: jax.Array, kernel: jax.Array, projector: Any, variable: jax.Array
+    side: Side, dy: jax.Array, kernel: Any, projector: Any, variable: jax.Array
 ) -> jax.Array:
     del side, projector, variable
+    if is_int8(kernel):
+        return kernel.T.product(dy)
     return jnp.dot(dy, kernel.astype(dy.dtype).T)
 
 

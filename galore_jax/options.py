@@ -48,6 +48,7 @@ class GaLoreOptions(TypedDict, total=False):
       projector_bits: 8 or 4 to store projectors as integers; None.
       seed: seed of the projectors' random parts; 0.
       recovery: ``"column"`` or ``"matrix"`` to add what is outside the subspace; None.
+      lazy_refresh: the overlap of two bases from which on the next refresh waits longer; None.
     """
 
     update_proj_gap: int
@@ -63,6 +64,7 @@ class GaLoreOptions(TypedDict, total=False):
     projector_bits: Literal[8, 4] | None
     seed: int
     recovery: Recovery | None
+    lazy_refresh: float | None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -87,6 +89,7 @@ class CheckedOptions:
     projector_bits: Literal[8, 4] | None = None
     seed: Any = 0
     recovery: Recovery | None = None
+    lazy_refresh: float | None = None
 
     def __post_init__(self):
         if isinstance(self.rank, Mapping):
@@ -103,6 +106,8 @@ class CheckedOptions:
             raise TypeError(f"rotate_moments must be a bool, got {self.rotate_moments!r}")
         _check_choice("proj_type", self.proj_type, PROJ_TYPES)
         _check_choice("projector", self.projector, PROJECTOR_METHODS)
+        if self.lazy_refresh is not None:
+            _check_share("lazy_refresh", self.lazy_refresh)
         if self.recovery is not None:
             _check_choice("recovery", self.recovery, RECOVERIES)
         path_filter(self.target_modules)
@@ -166,6 +171,14 @@ def _check_scale(scale: Any) -> None:
     if not isinstance(scale, numbers.Real) or isinstance(scale, bool):
         raise TypeError(allowed)
     if not 0 < float(scale) < math.inf:
+        raise ValueError(allowed)
+
+
+def _check_share(name: str, value: Any) -> None:
+    allowed = f"{name} must be a number from 0 to 1, or None, got {value!r}"
+    if not isinstance(value, numbers.Real) or isinstance(value, bool):
+        raise TypeError(allowed)
+    if not 0 <= float(value) <= 1:
         raise ValueError(allowed)
 
 

@@ -9,6 +9,7 @@ import jax.numpy as jnp
 import optax
 
 from galore_jax.galore import GaLoreState
+from galore_jax.int8_kernels import float_variables, is_int8, with_float_variables
 from galore_jax.kernels import ProjectedKernel, is_projected_kernel
 from galore_jax.projection import (
     MatrixSpec,
@@ -124,9 +125,9 @@ def gradient_variables(
     is_kernel = path_filter("" if kernels is None else kernels, "kernels")
 
     def variable(key_path: tuple[Any, ...], leaf: Any, projector: Any) -> Any:
-        path, shape = leaf_path(key_path), jnp.shape(leaf)
+        path, shape = leaf_path(key_path), leaf.shape if is_int8(leaf) else jnp.shape(leaf)
         if isinstance(projector, optax.MaskedNode) or not is_kernel(path):
-            return leaf
+            return float_variables(leaf)
         found = jax.tree.map(jnp.shape, projector, is_leaf=is_quantized)
         rank = (found.left if isinstance(found, TwoSided) else found)[-1]
         spec = MatrixSpec.of_kernel(shape, rank, proj_type)
@@ -139,7 +140,7 @@ def gradient_variables(
         return ProjectedGradient(jnp.zeros(spec.low_shape, leaf.dtype), shape, spec.side)
 
     projectors = galore_state(opt_state).projector
-    return jax.tree_util.tree_map_with_path(variable, params, projectors)
+    return jax.tree_util.tree_map_with_path(variable, params, projectors, is_leaf=is_int8)
 
 
 def with_variables(params: Any, opt_state: optax.OptState, variables: Any) -> Any:
@@ -159,7 +160,7 @@ def with_variables(params: Any, opt_state: optax.OptState, variables: Any) -> An
 
     def node(variable: Any, kernel: Any, projector: Any) -> Any:
         if not is_projected_gradient(variable):
-            return variable
+            return with_float_variables(kernel, variable)
         return ProjectedKernel(kernel, projector, variable)
 
     projectors = galore_state(opt_state).projector

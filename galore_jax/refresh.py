@@ -7,6 +7,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
+from galore_jax.lazy_refresh import next_times, overlap
 from galore_jax.options import CheckedOptions
 from galore_jax.projection import dense, rotate
 from galore_jax.projectors import find_projector
@@ -18,7 +19,7 @@ FIRST_MOMENTS = frozenset({"mu", "trace", "ema"})
 
 def refresh_projectors(
     options: CheckedOptions, due: bool | jax.Array, gradients: Any, specs: Any, state: Any
-) -> tuple[Any, optax.OptState]:
+) -> tuple[Any, optax.OptState, Any]:
     """Computes new projectors where they are due, and turns first moments to them.
 
     The matrices of a stack have their turns one after the other: the workspace is that of one. A
@@ -33,12 +34,15 @@ def refresh_projectors(
       state: a ``GaLoreState``; its projectors are zeros if there are none yet.
 
     Returns:
-      The projectors and the inner state, stored as before.
+      The projectors and the inner state, stored as before, and the refresh times: with lazy
+      refreshes a matrix that is not due keeps all that it had.
     """
     if due is False:
-        return state.projector, state.inner_state
+        return state.projector, state.inner_state, state.refresh_times
     leaves, treedef = jax.tree_util.tree_flatten_with_path(gradients)
     spec, stored = treedef.flatten_up_to(specs), treedef.flatten_up_to(state.projector)
+    lazy = options.lazy_refresh
+    times = [()] * len(leaves) if lazy is None else treedef.flatten_up_to(state.refresh_times)
     nodes, inner_treedef = jax.tree.flatten(state.inner_state, is_leaf=_is_whole)
     moments_of = first_moments(state.inner_state) if options.rotate_moments else {}
     given = options.power_iterations
@@ -48,8 +52,15 @@ def refresh_projectors(
         # No key is made, and no random number drawn, where the projectors stay.
         key, after = jax.random.fold_in(jax.random.key(options.seed), state.count), {}
         for i, kept in before.items():
-            matrix = spec[i].to_matrix(leaves[i][1])
-            after[i] = _refreshed(options.projector, spec[i], *rounds, key, matrix, *kept)
+            # One leaf after the other: their workspaces are not to exist at once.
+            gradient, after = jax.lax.optimization_barrier((leaves[i][1], after))
+            matrix = spec[i].to_matrix(gradient)
+            find = functools.partial(_refreshed, options.projector, spec[i])
+            if lazy is None:
+                after[i] = find(*rounds, key, matrix, *kept)
+            else:
+                rule = state.count, options.update_proj_gap, lazy
+                after[i] = find(*rounds, key, matrix, *kept, rule)
         return after
 
     # Each projected leaf's projector, and its first moments and where these are.
@@ -60,13 +71,14 @@ def refresh_projectors(
             pairs = moments_of.get(path, ())
             pairs = [x for x in pairs if getattr(nodes[x[0]], "shape", None) == low]
             at[i] = [first for first, _ in pairs]
-            kept[i] = stored[i], [_decodable(nodes, *pair) for pair in pairs]
+            kept[i] = stored[i], [_decodable(nodes, *pair) for pair in pairs], times[i]
     kept = refresh_all(kept) if due is True else jax.lax.cond(due, refresh_all, _same, kept)
-    for i, (projector, moments) in kept.items():
-        stored[i] = projector
+    for i, (projector, moments, new_times) in kept.items():
+        stored[i], times[i] = projector, new_times
         for j, moment in zip(at[i], moments, strict=True):
             nodes[j] = moment.ratio if isinstance(moment, FirstMoment) else moment
-    return treedef.unflatten(stored), inner_treedef.unflatten(nodes)
+    refresh_times = () if lazy is None else treedef.unflatten(times)
+    return treedef.unflatten(stored), inner_treedef.unflatten(nodes), refresh_times
 
 
 def first_moments(state: Any) -> dict[tuple[Any, ...], list[tuple[int, int | None]]]:
@@ -108,11 +120,13 @@ def _is_whole(node: Any) -> bool:
 
 
 @functools.partial(jax.jit, static_argnums=(0, 1, 2))
-def _refreshed(method, spec, rounds, traced_rounds, key, gradient, stored, moments):
-    """The projector and the first moments of one leaf, stored as before."""
+def _refreshed(
+    method, spec, rounds, traced_rounds, key, gradient, stored, moments, times, rule=None
+):
+    """The projector, the first moments and the refresh times of one leaf, stored as before."""
 
     def refresh_one(operands: Any) -> Any:
-        gradient, stored, moments = operands
+        gradient, stored, moments, times = operands
         old = dense(stored)
         is_usable = jnp.isfinite(gradient).all() & (gradient != 0).any()
         is_empty = jnp.bool_(True)
@@ -136,13 +150,23 @@ def _refreshed(method, spec, rounds, traced_rounds, key, gradient, stored, momen
         )
         new = jax.tree.map(keep_or, stored, found, is_leaf=_is_whole)
         turned = [rotate(dense(moment), old, dense(new), spec.side) for moment in moments]
-        return new, [keep_or(*pair) for pair in zip(moments, turned, strict=True)]
+        if rule is not None:
+            count, gap, threshold = rule
+            seen = overlap(old, found)
+            times = next_times(times, count, seen, is_usable, gap=gap, threshold=threshold)
+        return new, [keep_or(*pair) for pair in zip(moments, turned, strict=True)], times
 
-    operands, stack = (gradient, stored, moments), gradient.shape[:-2]
+    def refresh_if_due(operands: Any) -> Any:
+        if rule is None:
+            return refresh_one(operands)
+        is_due = rule[0] >= operands[-1].due_at
+        return jax.lax.cond(is_due, refresh_one, lambda operands: operands[1:], operands)
+
+    operands, stack = (gradient, stored, moments, times), gradient.shape[:-2]
     if not stack:
-        return refresh_one(operands)
+        return refresh_if_due(operands)
     flat = jax.tree.map(lambda x: x.reshape(-1, *x.shape[len(stack) :]), operands)
-    out = jax.lax.map(refresh_one, flat)
+    out = jax.lax.map(refresh_if_due, flat)
     return jax.tree.map(lambda x: x.reshape(*stack, *x.shape[1:]), out)
 
 

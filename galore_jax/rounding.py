@@ -1,4 +1,4 @@
-"""Stochastic rounding: its noise, and updates of bfloat16 weights that are not lost."""
+"""Stochastic rounding: its noise, and updates of short weights that are not lost."""
 
 import math
 import zlib
@@ -7,6 +7,8 @@ from typing import Any, Literal, get_args
 import jax
 import jax.numpy as jnp
 import optax
+
+from galore_jax.int8_kernels import add, is_int8
 
 Rounding = Literal["nearest", "stochastic"]
 ROUNDINGS: tuple[Rounding, ...] = get_args(Rounding)
@@ -78,7 +80,7 @@ def apply_updates(
     *,
     layer: jax.typing.ArrayLike = 0,
 ) -> optax.Params:
-    """``optax.apply_updates`` with a choice of how sums are rounded to bfloat16.
+    """``optax.apply_updates`` with a choice of how sums are rounded to bfloat16 and to int8.
 
     A bfloat16 weight has eight bits: rounded to nearest, an update below a 256th to a 512th of it
     is lost, every time. Stochastic rounding takes the upper neighbour in proportion to nearness, so
@@ -87,7 +89,8 @@ def apply_updates(
     updated one by one get the noise that they would have in their stack.
 
     Args:
-      params: the weights; those of other dtypes than bfloat16 are rounded to nearest.
+      params: the weights; those of other dtypes than bfloat16 are rounded to nearest, and an
+        ``Int8Kernel`` by ``galore_jax.int8_kernels.add``.
       updates: what is added, of the same structure.
       count: number of updates before this one, () int.
       rounding: ``"nearest"`` or ``"stochastic"``.
@@ -105,17 +108,22 @@ def apply_updates(
     """
     if rounding not in ROUNDINGS:
         raise ValueError(f"rounding must be one of {', '.join(ROUNDINGS)}, got {rounding!r}")
-    if rounding == "nearest":
-        return optax.apply_updates(params, updates)
 
-    def apply(path: tuple[Any, ...], weight: jax.Array, update: jax.Array) -> jax.Array:
+    def noise(path: tuple[Any, ...], update: jax.Array) -> jax.Array:
+        seed = zlib.crc32(jax.tree_util.keystr(path).encode())
+        return dithering(update.shape, count, seed=seed, layer=layer)
+
+    def apply(path: tuple[Any, ...], weight: Any, update: jax.Array) -> Any:
+        if is_int8(weight):
+            return add(weight, update, None if rounding == "nearest" else noise(path, update))
+        if rounding == "nearest":
+            return optax.apply_updates(weight, update)
         if weight.dtype != jnp.bfloat16:
             return jnp.asarray(weight + update).astype(weight.dtype)
         total = weight.astype(jnp.float32) + update.astype(jnp.float32)
-        seed = zlib.crc32(jax.tree_util.keystr(path).encode())
-        return to_bfloat16(total, dithering(total.shape, count, seed=seed, layer=layer))
+        return to_bfloat16(total, noise(path, update))
 
-    return jax.tree_util.tree_map_with_path(apply, params, updates)
+    return jax.tree_util.tree_map_with_path(apply, params, updates, is_leaf=is_int8)
 
 
 def to_bfloat16(array: jax.Array, noise: jax.Array) -> jax.Array:

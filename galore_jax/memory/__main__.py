@@ -80,7 +80,8 @@ def _run(argv: list[str]) -> int:
         billions = count_params(experiment.abstract_state().params) / 1e9
         size = f"{billions:.2f}B" if billions >= 1 else f"{1000 * billions:.2f}M"
         step = f"{config.batch_size} x {config.data.seq_len} tokens, rank {config.galore.rank}"
-        plot.plot(reports, own.plot, f"Memory of a training step: {size} parameters, {step}")
+        title = f"Memory of a training step: {size} parameters, {step}"
+        plot.plot(reports, own.plot, title, compare.published(config) if own.compare else None)
         print(f"written: {own.plot}")
     if own.compare or reports[0].fits is not False:
         return 0
@@ -96,6 +97,8 @@ def _count_on_mesh(own: argparse.Namespace, experiment: Any) -> int:
 
     if own.compare or own.plot is not None:
         raise UserError("--mesh counts, and compiles nothing: leave out --compare and --plot")
+    if experiment.config.param_dtype == "int8":
+        raise UserError("--mesh counts float weights; int8 ones are for one device")
     axes, params = mesh.parse_mesh(own.mesh), experiment.abstract_state().params
     optimizers = (experiment.optimizer, optax.adamw(0.0))
     report, adamw = (mesh.count_on_mesh(params, tx, axes, LAYERS) for tx in optimizers)

@@ -9,6 +9,7 @@ from galore_jax.training.config import Config
 from galore_jax.training.experiment import Experiment, make_experiment
 
 LAYERWISE = "8-bit GaLore, layerwise"
+INT8 = "the same, int8 weights"
 _FULL = {"method": "full", "updates": "standard", "projected_gradients": None}
 _GALORE = {"method": "galore", "updates": "standard", "optimizer.name": "adamw8bit"}
 METHODS = {
@@ -19,7 +20,15 @@ METHODS = {
     "8-bit GaLore, full gradients": {**_GALORE, "projected_gradients": False},
     "8-bit GaLore, projected": {**_GALORE, "projected_gradients": True},
     LAYERWISE: {**_GALORE, "projected_gradients": None, "updates": "layerwise"},
+    INT8: {
+        **_GALORE,
+        **{"projected_gradients": None, "updates": "layerwise"},
+        **{"param_dtype": "int8", "galore.projector_bits": 4},
+    },
 }
+# Totals for LLaMA 7B, in bytes: Zhang et al. 2024 (arXiv:2407.08296), measured at 16 x 256 tokens;
+# Zhu et al. 2024 (arXiv:2412.05270), whose abstract says less than 12 GB, with int8 weights.
+_PUBLISHED_7B = {"Q-GaLore": 15.26e9, "APOLLO-Mini, less than": 12e9}
 # Savings against AdamW in bfloat16 in the abstract of Zhao et al. 2024 (arXiv:2403.03507).
 _PAPER = {
     "state": ("optimizer state, GaLore", 0.655),
@@ -53,11 +62,20 @@ def compare(
     return list(reports.values()), savings
 
 
+def published(config: Config) -> dict[str, float]:
+    """Returns what others publish for a config's model: method and bytes."""
+    model = config.model
+    is_7b = (model.hidden_size, model.num_layers) == (4096, 32)
+    return _PUBLISHED_7B if is_7b else {}
+
+
 def _changed(config: Config, changes: dict[str, object]) -> Experiment:
     changed = config.copy_and_resolve_references()
     # Not every alias takes the settings of another.
     cleared = dict.fromkeys(f"optimizer.{key}" for key in ("clip_norm", "b1", "b2", "eps"))
-    changed.update_from_flattened_dict({**changes, **cleared})
+    if config.param_dtype == "int8":
+        cleared |= {"param_dtype": config.dtype, "galore.projector_bits": None}
+    changed.update_from_flattened_dict({**cleared, **changes})
     if isinstance(changed.galore.rank, int):
         changed.lora.rank = changed.galore.rank
     return make_experiment(changed)

@@ -8,6 +8,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
+from galore_jax.int8_kernels import decoded
 from galore_jax.memory.compile import CompiledPlan
 from galore_jax.refresh import FIRST_MOMENTS
 
@@ -123,7 +124,7 @@ def memory_table(
       gradient_bytes: bytes of the gradients, accumulators included.
       plans: the compiler's plans of the steps, by the steps' names; each gets a line.
     """
-    adamw_state = jax.eval_shape(optax.adamw(0.0).init, params)
+    adamw_state = jax.eval_shape(optax.adamw(0.0).init, jax.eval_shape(decoded, params))
     columns = [count_rows(params, state, gradient_bytes) for state in (opt_state, adamw_state)]
     for rows in columns:
         state = sum(row.bytes for row in rows if row.name in STATE_ROWS)

@@ -1,6 +1,7 @@
 """The memory report as a stacked bar chart."""
 
 import importlib.util
+from collections.abc import Mapping
 from pathlib import Path
 
 from galore_jax.errors import UserError
@@ -28,8 +29,16 @@ def check_path(path: Path, *, flag: str = "--plot") -> None:
         raise UserError(f"{flag} needs matplotlib: pip install 'galore-jax[plot]'")
 
 
-def plot(reports: list[Report], path: Path, title: str) -> None:
+def plot(
+    reports: list[Report], path: Path, title: str, published: Mapping[str, float] | None = None
+) -> None:
     """Draws a bar for each report of a target, in GiB or MiB, with its memory as a line.
+
+    Args:
+      reports: one for each bar.
+      path: where to write.
+      title: above the chart.
+      published: what others publish, bytes by name: marks in rows of their own.
 
     Raises:
       UserError: see ``check_path``.
@@ -38,7 +47,8 @@ def plot(reports: list[Report], path: Path, title: str) -> None:
     from matplotlib.figure import Figure
     from matplotlib.patches import Patch
 
-    figure = Figure(figsize=(9.6, 1.5 + 0.44 * len(reports)), layout="constrained")
+    count = len(reports) + len(published or {})
+    figure = Figure(figsize=(9.6, 1.5 + 0.44 * count), layout="constrained")
     axes = figure.subplots()
     target, peak = reports[0].target, max(report.peak for report in reports)
     unit, unit_bytes = unit_for(peak)
@@ -59,16 +69,21 @@ def plot(reports: list[Report], path: Path, title: str) -> None:
         sign = "" if report.plans else "≥ "
         size = f"{sign}{report.peak / unit_bytes:,.1f}"
         axes.text(left + 0.008 * widest, y, size, va="center", color=_INK, weight=weight)
+    for y, (name, size) in enumerate((published or {}).items(), start=len(reports)):
+        axes.text(0, y, f"{name}, as published  ", ha="right", va="center", color="#666666")
+        axes.plot(size / unit_bytes, y, "D", color="#666666", markersize=5)
+        label = f"{size / unit_bytes:,.1f}"
+        axes.text(size / unit_bytes + 0.012 * widest, y, label, va="center", color="#666666")
     if target.memory is not None:
         capacity = target.memory / unit_bytes
         axes.axvline(capacity, color=_CARD, linewidth=1.5, linestyle=(0, (4, 2)))
         axes.axvspan(capacity, 2 * widest, color=_CARD, alpha=0.05, linewidth=0, zorder=0)
         label = f" {target.label}: {capacity:,.1f} {unit} "
         side = "right" if capacity > 0.7 * widest else "left"
-        axes.text(capacity, len(reports) - 0.42, label, color=_CARD, ha=side, va="bottom")
+        axes.text(capacity, count - 0.42, label, color=_CARD, ha=side, va="bottom")
     axes.set_yticks([])
     axes.set_xlim(0, 1.07 * widest)
-    axes.set_ylim(len(reports) - 0.35, -0.5)
+    axes.set_ylim(count - 0.35, -0.5)
     axes.set_title(title, loc="left", fontsize=12, color=_INK, pad=10)
     made_with = f"{unit}, compiled for {target.label} with {versions()}"
     axes.set_xlabel(made_with, loc="left", color="#666666")

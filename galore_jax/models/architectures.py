@@ -4,6 +4,7 @@ from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax
+import jax.numpy as jnp
 
 from galore_jax.models import encoder, encoder_huggingface, huggingface, llama
 from galore_jax.models.config import LlamaConfig
@@ -32,7 +33,8 @@ class Architecture(NamedTuple):
 
 def _load_llama(folder: str, config: LlamaConfig, key: jax.Array) -> Any:
     del key
-    return huggingface.load(folder, config.param_dtype)[1]
+    is_int8 = config.param_dtype == jnp.int8
+    return huggingface.load(folder, config.float_dtype, int8=is_int8)[1]
 
 
 def _load_encoder(folder: str, config: EncoderConfig, key: jax.Array) -> Any:

@@ -71,7 +71,8 @@ class LlamaConfig:
       init_std: standard deviation of the initial embedding, kernels and head.
       dtype: dtype of activations and matrix products. Norm, softmax and rotary arithmetic,
         logits and loss are float32 whatever it is.
-      param_dtype: dtype of the parameters.
+      param_dtype: dtype of the parameters. With int8 the matrices are ``Int8Kernel`` nodes, which
+        stand for arrays of ``dtype``, and the norms' scales are in ``dtype``.
       attention_implementation: for ``jax.nn.dot_product_attention``, ``"xla"`` or
         ``"cudnn"`` (NVIDIA GPU, 16-bit ``dtype``); None lets JAX choose, save in float32: see
         ``galore_jax.models.attention.causal_attention``.
@@ -111,7 +112,11 @@ class LlamaConfig:
 
     def __post_init__(self):
         for name in ("dtype", "param_dtype"):
-            object.__setattr__(self, name, floating_dtype(name, getattr(self, name)))
+            dtype = getattr(self, name)
+            if name == "param_dtype" and _is_int8(dtype):
+                object.__setattr__(self, name, jnp.dtype(jnp.int8))
+                continue
+            object.__setattr__(self, name, floating_dtype(name, dtype))
         sizes = ("hidden_size", "intermediate_size", "num_layers", "num_heads", "vocab_size")
         optional = ("num_kv_heads", "head_dim", "max_positions")
         for name in (*sizes, *optional, "loss_chunk_tokens"):
@@ -154,6 +159,11 @@ class LlamaConfig:
             )
 
     @property
+    def float_dtype(self) -> Any:
+        """The dtype of gradients, and of parameters that are not in integers."""
+        return self.dtype if self.param_dtype == jnp.int8 else self.param_dtype
+
+    @property
     def kv_heads(self) -> int:
         """The number of key and value heads: ``num_kv_heads``, or else ``num_heads``."""
         return self.num_heads if self.num_kv_heads is None else self.num_kv_heads
@@ -162,6 +172,13 @@ class LlamaConfig:
     def head_size(self) -> int:
         """The width of one head: ``head_dim``, or else ``hidden_size / num_heads``."""
         return self.hidden_size // self.num_heads if self.head_dim is None else self.head_dim
+
+
+def _is_int8(dtype: Any) -> bool:
+    try:
+        return jnp.dtype(dtype) == jnp.int8
+    except TypeError:
+        return False
 
 
 def _is_positive(value: Any) -> bool:

@@ -3,23 +3,24 @@
 import dataclasses
 import functools
 import json
+import math
 import os
 import re
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import jax
+import numpy as np
 from flax import traverse_util
 from jax.typing import DTypeLike
 
 from galore_jax.errors import UserError
 from galore_jax.folders import complete_or_absent
+from galore_jax.int8_kernels import Int8Kernel, Per, decoded, encode
 from galore_jax.models.config import LlamaConfig
 from galore_jax.models.huggingface_config import config_to_json, read_config
-from galore_jax.models.leaf_tensors import LeafTensors, TokenizerFiles, read_leaf
-from galore_jax.models.leaf_tensors import Path as LeafPath
 from galore_jax.models.llama import Params, check_params, init_params
-from galore_jax.models.tensor_files import TensorFiles
+from galore_jax.models.tensor_files import DTYPES, TensorFiles, TensorSpec, write_tensors
 
 # Our paths, and Hugging Face's names with the layer in the place of {}. A kernel is (in, out) here
 # and (out, in) there; a leaf of the blocks is there a tensor for each layer.
@@ -34,10 +35,24 @@ _NAMES = (
 )
 _HEAD, _EMBEDDING = "lm_head.weight", "model.embed_tokens.weight"
 _BUFFERS = re.compile(r"model\.layers\.\d+\.self_attn\.rotary_emb\.inv_freq")  # of old versions
+_SHARD_BYTES = 5 * 10**9
+_ALIGNMENT = 64  # bytes; JAX uses a NumPy array that is so aligned without a copy on a CPU
+
+_Path = tuple[str, ...]
+
+
+class TokenizerFiles(Protocol):
+    """A tokenizer that can put its files into a folder."""
+
+    vocab_size: int
+
+    def save(self, folder: Path) -> None:
+        """Writes the files by which it is loaded again, by transformers too."""
+        ...
 
 
 def load(
-    folder: str | os.PathLike[str], dtype: DTypeLike | None = None
+    folder: str | os.PathLike[str], dtype: DTypeLike | None = None, *, int8: bool = False
 ) -> tuple[LlamaConfig, Params]:
     """Reads a LLaMA from a folder, straight into stacked arrays on the default device.
 
@@ -49,6 +64,8 @@ def load(
         ``model.safetensors.index.json``.
       dtype: of the params, and to compute in. None: each keeps the dtype that it is stored in, and
         the model computes in the embedding's.
+      int8: whether to encode the matrices, one tensor after the other, as ``Int8Kernel`` nodes that
+        stand for arrays of that dtype.
 
     Returns:
       The model, and its params, arranged as by ``galore_jax.models.llama.init_params``.
@@ -66,9 +83,22 @@ def load(
     _check_tensors(folder, config, files, leaves)
     params = {}
     for path, shape in leaves.items():
-        params[path] = read_leaf(files, path, shape, _tensor_names(path, config.num_layers), dtype)
+        names = _tensor_names(path, config.num_layers)
+        stored = {files.specs[name].dtype for name in names}
+        if dtype is None and len(stored) > 1:
+            raise UserError(f"{folder}: {names[0]} has another dtype than the same of other layers")
+        numerics = np.dtype(dtype) if dtype is not None else stored.pop()
+        if int8 and path[-1] in ("kernel", "embedding"):
+            params[path] = _encoded(files, names, path, shape, numerics)
+            continue
+        array = _aligned(shape, numerics)
+        stack = array if path[0] == "blocks" else array[None]
+        for layer, name in enumerate(names):
+            files.read_into(name, stack[layer], transpose=path[-1] == "kernel")
+        params[path] = jax.device_put(array)
     numerics = params["embed", "embedding"].dtype
-    config = dataclasses.replace(config, dtype=numerics, param_dtype=numerics)
+    param_dtype = np.int8 if int8 else numerics
+    config = dataclasses.replace(config, dtype=numerics, param_dtype=param_dtype)
     return config, traverse_util.unflatten_dict(params)
 
 
@@ -86,7 +116,8 @@ def save(
     Args:
       folder: a folder that does not exist yet, or is empty.
       config: the model.
-      params: arranged as by ``galore_jax.models.llama.init_params``; each is stored in its dtype.
+      params: arranged as by ``galore_jax.models.llama.init_params``; each is stored in its dtype,
+        and an ``Int8Kernel`` in that of the array that it stands for.
       tokenizer: None for a folder without one.
 
     Raises:
@@ -97,22 +128,43 @@ def save(
     folder = Path(folder).expanduser()
     check_params(config, params)
     flat: Any = traverse_util.flatten_dict(params)
+    for path, leaf in flat.items():
+        if leaf.dtype not in DTYPES.values():
+            raise UserError(
+                f"{'/'.join(path)} is {leaf.dtype}; "
+                "weights are saved in float32, float16 or bfloat16"
+            )
     if tokenizer is not None and tokenizer.vocab_size > config.vocab_size:
         raise UserError(
             f"the tokenizer has {tokenizer.vocab_size} ids and the model a vocabulary of "
             f"{config.vocab_size}; they do not belong together"
         )
-    names = {path: _tensor_names(path, config.num_layers) for path in flat}
-    tensors = LeafTensors(flat, names)
-    values = config_to_json(dataclasses.replace(config, param_dtype=tensors.spec(_EMBEDDING).dtype))
+    places = {
+        name: (path, layer)
+        for path in flat
+        for layer, name in enumerate(_tensor_names(path, config.num_layers))
+    }
+
+    def spec(name: str) -> TensorSpec:
+        path, _ = places[name]
+        shape = flat[path].shape[path[0] == "blocks" :]
+        return TensorSpec(shape[::-1] if path[-1] == "kernel" else shape, flat[path].dtype)
+
+    def get(name: str) -> np.ndarray:
+        path, layer = places[name]
+        leaf = flat[path][layer] if path[0] == "blocks" else flat[path]
+        array = np.asarray(decoded(leaf))
+        return array.T if path[-1] == "kernel" else array
+
+    values = config_to_json(dataclasses.replace(config, param_dtype=spec(_EMBEDDING).dtype))
     with complete_or_absent(folder) as partial:
         (partial / "config.json").write_text(json.dumps(values, indent=2) + "\n")
-        tensors.write(partial)
+        write_tensors(partial, {name: spec(name) for name in places}, get, shard_bytes=_SHARD_BYTES)
         if tokenizer is not None:
             tokenizer.save(partial)
 
 
-def _leaves(config: LlamaConfig) -> dict[LeafPath, tuple[int, ...]]:
+def _leaves(config: LlamaConfig) -> dict[_Path, tuple[int, ...]]:
     """Returns the shape of every param, in the order in which they are used."""
     _, shapes = jax.eval_shape(functools.partial(init_params, config), jax.random.key(0))
     flat: Any = traverse_util.flatten_dict(shapes)
@@ -123,11 +175,28 @@ def _leaves(config: LlamaConfig) -> dict[LeafPath, tuple[int, ...]]:
     }
 
 
-def _pattern(path: LeafPath) -> str:
+def _encoded(
+    files: TensorFiles, names: list[str], path: _Path, shape: tuple[int, ...], dtype: np.dtype
+) -> Int8Kernel:
+    """Reads the tensors of a leaf one by one, and encodes each before the next."""
+    per: Per = "row" if path[-1] == "embedding" else "column"
+    find = jax.jit(functools.partial(encode, per=per, dtype=dtype))
+    codes, scales = _aligned(shape, np.dtype(np.int8)), []
+    for layer, name in enumerate(names):
+        tensor = _aligned(shape[-2:], np.dtype(np.float32))
+        files.read_into(name, tensor, transpose=path[-1] == "kernel")
+        kernel = find(tensor)
+        (codes if path[0] != "blocks" else codes[layer])[:] = np.asarray(kernel.codes)
+        scales.append(np.asarray(kernel.scales))
+    stacked = np.stack(scales) if path[0] == "blocks" else scales[0]
+    return Int8Kernel(jax.device_put(codes), jax.device_put(stacked), per=per, dtype=dtype)
+
+
+def _pattern(path: _Path) -> str:
     return next(pattern for pattern, _ in _NAMES if re.fullmatch(pattern, "/".join(path)))
 
 
-def _tensor_names(path: LeafPath, num_layers: int) -> list[str]:
+def _tensor_names(path: _Path, num_layers: int) -> list[str]:
     """Returns Hugging Face's names of the tensors of a leaf, one for each layer of a block's."""
     pattern = _pattern(path)
     name = re.sub(pattern, dict(_NAMES)[pattern], "/".join(path))
@@ -135,7 +204,7 @@ def _tensor_names(path: LeafPath, num_layers: int) -> list[str]:
 
 
 def _check_tensors(
-    folder: Path, config: LlamaConfig, files: TensorFiles, leaves: dict[LeafPath, tuple[int, ...]]
+    folder: Path, config: LlamaConfig, files: TensorFiles, leaves: dict[_Path, tuple[int, ...]]
 ) -> None:
     """Compares the names and shapes of a folder's tensors with the model's."""
     wanted = {}
@@ -161,3 +230,11 @@ def _check_tensors(
                 f"{folder}: the tensor {name} has the shape {files.specs[name].shape}; by its "
                 f"config.json it must be {shape}"
             )
+
+
+def _aligned(shape: tuple[int, ...], dtype: np.dtype) -> np.ndarray:
+    """Allocates an array that JAX can use in place on a CPU."""
+    nbytes = math.prod(shape) * dtype.itemsize
+    space = np.empty(nbytes + _ALIGNMENT, np.uint8)
+    start = -space.ctypes.data % _ALIGNMENT
+    return space[start : start + nbytes].view(dtype).reshape(shape)

@@ -6,14 +6,19 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
+from galore_jax.int8_kernels import Per, encode
 from galore_jax.kernels import Frozen, linear
 from galore_jax.models.config import LlamaConfig
 from galore_jax.models.embedding import embed
 
 
-def _normal(config: LlamaConfig, rngs: nnx.Rngs, shape: tuple[int, ...]) -> nnx.Param:
+def _normal(
+    config: LlamaConfig, rngs: nnx.Rngs, shape: tuple[int, ...], per: Per = "column"
+) -> nnx.Param:
     # Drawn in float32: JAX's bfloat16 normals have few distinct values and no tails.
     sample = config.init_std * jax.random.normal(rngs.params(), shape, jnp.float32)
+    if config.param_dtype == jnp.int8:
+        return nnx.Param(encode(sample, per, dtype=config.float_dtype))
     return nnx.Param(sample.astype(config.param_dtype))
 
 
@@ -28,7 +33,7 @@ class Embedding(nnx.Module):
     """A table of ``vocab_size`` rows; ids outside it give NaN rather than a wrong row."""
 
     def __init__(self, config: LlamaConfig, *, rngs: nnx.Rngs):
-        self.embedding = _normal(config, rngs, (config.vocab_size, config.hidden_size))
+        self.embedding = _normal(config, rngs, (config.vocab_size, config.hidden_size), "row")
         self.dtype = config.dtype
 
     def __call__(self, tokens: jax.Array) -> jax.Array:
@@ -54,7 +59,7 @@ class RMSNorm(nnx.Module):
     """
 
     def __init__(self, config: LlamaConfig):
-        self.scale = nnx.Param(jnp.ones((config.hidden_size,), config.param_dtype))
+        self.scale = nnx.Param(jnp.ones((config.hidden_size,), config.float_dtype))
         self.eps = config.rms_norm_eps
 
     def __call__(self, x: jax.Array) -> jax.Array:

@@ -1,10 +1,12 @@
 """Cross-entropy of a language model's head, without the logits of the whole batch."""
 
+import dataclasses
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 
+from galore_jax.int8_kernels import Int8Kernel, is_int8
 from galore_jax.kernels import detached, linear
 
 Head = Any  # The head's kernel, (D, V): an array, or a pytree node that stands in for one.
@@ -30,7 +32,8 @@ def cross_entropy(
 
     Args:
       hidden: ``(..., D)``, floating: the positions' last hidden states.
-      head: the kernel ``(D, V)``; every array in it must be floating.
+      head: the kernel ``(D, V)``; every array in it must be floating, or it is
+        an ``Int8Kernel``.
       targets: ``(...)``, int32: the token each position must predict; negative to ignore.
       chunk_tokens: rows of logits to compute at a time. The number of positions need not be
         a multiple of it.
@@ -50,9 +53,13 @@ def cross_entropy(
     padding = num_chunks * chunk_tokens - tokens
     hidden = jnp.pad(hidden.reshape(tokens, -1), ((0, padding), (0, 0)))
     labels = jnp.pad(targets.reshape(tokens), (0, padding), constant_values=-1)
+    codes = None
+    if is_int8(head):
+        head, codes = head.variable, dataclasses.replace(head, variable=None)
     nll: Any = _chunked_nll(
         hidden.reshape(num_chunks, chunk_tokens, -1),
         detached(head),
+        codes,
         labels.reshape(num_chunks, chunk_tokens),
     )
     return nll, jnp.sum(targets >= 0, dtype=jnp.int32)
@@ -68,28 +75,40 @@ def _nll(logits: jax.Array, labels: jax.Array) -> tuple[jax.Array, jax.Array, ja
 
 
 @jax.custom_vjp
-def _chunked_nll(hidden: jax.Array, head: Head, labels: jax.Array) -> jax.Array:
-    """The loss of ``hidden`` (n, C, D) against ``labels`` (n, C), summed."""
+def _chunked_nll(
+    hidden: jax.Array, head: Head, codes: Int8Kernel | None, labels: jax.Array
+) -> jax.Array:
+    """The loss of ``hidden`` (n, C, D) against ``labels`` (n, C), summed.
+
+    With ``codes`` of integers, ``head`` is their variable.
+    """
 
     def add_chunk(total, chunk):
         x, y = chunk
-        nll, _, _ = _nll(linear(x, head, out_dtype=jnp.float32), y)
+        nll, _, _ = _nll(linear(x, _kernel(head, codes), out_dtype=jnp.float32), y)
         return total + nll, None
 
     return jax.lax.scan(add_chunk, jnp.float32(0.0), (hidden, labels))[0]
 
 
-def _chunked_nll_fwd(hidden, head, labels):
+def _kernel(head: Head, codes: Int8Kernel | None) -> Any:
+    return head if codes is None else dataclasses.replace(codes, variable=head)
+
+
+def _chunked_nll_fwd(hidden, head, codes, labels):
+    def product(x, head, out_dtype=None):
+        return linear(x, _kernel(head, codes), out_dtype)
+
     at_once = _is_smaller_than_sums(hidden, head)
 
     def add_chunk(carry, chunk):
         total, head_grad = carry
         x, y = chunk
-        logits = linear(x, head, out_dtype=jnp.float32)
+        logits = product(x, head, out_dtype=jnp.float32)
         nll, log_z, hit = _nll(logits, y)
         logits_grad = jnp.exp(logits - log_z[:, None]) - hit
         logits_grad = jnp.where(y[:, None] >= 0, logits_grad, 0.0).astype(x.dtype)
-        _, pull_back = jax.vjp(linear, x, head)
+        _, pull_back = jax.vjp(product, x, head)
         x_grad, chunk_head_grad = pull_back(logits_grad)
         if at_once:
             return (total + nll, head_grad), (x_grad, logits_grad)
@@ -104,7 +123,7 @@ def _chunked_nll_fwd(hidden, head, labels):
     )
     if at_once:
         rows = lambda x: x.reshape(-1, x.shape[-1])  # noqa: E731
-        _, pull_back = jax.vjp(lambda head: linear(rows(hidden), head), head)
+        _, pull_back = jax.vjp(lambda head: product(rows(hidden), head), head)
         (head_grad,) = pull_back(rows(logits_grads))
     head_grad = jax.tree.map(lambda g, leaf: g.astype(leaf.dtype), head_grad, head)
     return total, (hidden_grad, head_grad)
@@ -123,7 +142,7 @@ def _is_smaller_than_sums(hidden: jax.Array, head: Head) -> bool:
 
 def _chunked_nll_bwd(gradients, cotangent):
     hidden_grad, head_grad = jax.tree.map(lambda g: (cotangent * g).astype(g.dtype), gradients)
-    return hidden_grad, head_grad, None
+    return hidden_grad, head_grad, None, None
 
 
 _chunked_nll.defvjp(_chunked_nll_fwd, _chunked_nll_bwd)

@@ -1,4 +1,4 @@
-"""The model sizes of the GaLore reference implementation, and LLaMA-2-70B's."""
+"""The model sizes of the GaLore reference implementation, LLaMA-13B's and LLaMA-2-70B's."""
 
 from galore_jax.models.config import LlamaConfig
 
@@ -35,9 +35,10 @@ PRESETS: dict[str, LlamaConfig] = {
     "llama_1b": _preset(2048, 5461, 24, 32),
     "llama_3b": _preset(2560, 6848, 32, 32),
     "llama_7b": _preset(4096, 11008, 32, 32),
+    "llama_13b": _preset(5120, 13824, 40, 40),
     "llama_70b": _preset(8192, 28672, 80, 64, kv_heads=8),
 }
-"""The sizes of ``configs/llama_*.json`` in the reference, by name, and LLaMA-2-70B's.
+"""The sizes of ``configs/llama_*.json`` in the reference, by name, LLaMA-13B's and LLaMA-2-70B's.
 
 Vocabulary 32000 (32100 for ``llama_100m``), float32, untied head. Change anything else with
 ``dataclasses.replace``. The names round: ``llama_60m`` has 58.07M parameters.

@@ -10,6 +10,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
+from galore_jax.int8_kernels import float_variables, with_float_variables
 from galore_jax.models.stages import BLOCKS, Stage, Stages
 from galore_jax.training.tasks import Batch, Task
 
@@ -67,24 +68,26 @@ def after_gradients(
     model: Stages, task: Task, params: Any, x: jax.Array, batch: Batch, per_target: jax.Array
 ) -> tuple[jax.Array, dict[str, Any], jax.Array]:
     """Returns the mean loss, its gradients by the weights after the blocks, and by ``x``."""
+    weights = {key: params[key] for key in model.after.keys}
 
-    def loss(weights: Any, x: jax.Array) -> jax.Array:
-        outputs = model.after.run({**params, **weights}, x)
+    def loss(variables: Any, x: jax.Array) -> jax.Array:
+        outputs = model.after.run({**params, **with_float_variables(weights, variables)}, x)
         return task.loss(outputs, jax.tree.map(_joined, batch)) * per_target
 
-    weights = {key: params[key] for key in model.after.keys}
-    value, (grads, dx) = jax.value_and_grad(loss, argnums=(0, 1))(weights, _joined(x))
+    variables = float_variables(weights)
+    value, (grads, dx) = jax.value_and_grad(loss, argnums=(0, 1))(variables, _joined(x))
     return value, grads, dx.reshape(x.shape)
 
 
 def before_gradients(model: Stages, params: Any, batch: Batch, dx: jax.Array) -> dict[str, Any]:
     """Returns the gradients by the weights before the blocks."""
-
-    def run(weights: Any) -> jax.Array:
-        return model.before.run({**params, **weights}, jax.tree.map(_joined, batch))
-
     weights = {key: params[key] for key in model.before.keys}
-    return jax.vjp(run, weights)[1](_joined(dx))[0]
+
+    def run(variables: Any) -> jax.Array:
+        nodes = {**params, **with_float_variables(weights, variables)}
+        return model.before.run(nodes, jax.tree.map(_joined, batch))
+
+    return jax.vjp(run, float_variables(weights))[1](_joined(dx))[0]
 
 
 def _joined(parts: jax.Array) -> jax.Array:

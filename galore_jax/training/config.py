@@ -58,7 +58,7 @@ _POSITIVE = (
 _DTYPES = ("bfloat16", "float16", "float32")
 _CHOICES = {
     "dtype": _DTYPES,
-    "param_dtype": _DTYPES,
+    "param_dtype": (*_DTYPES, "int8"),
     "method": METHODS,
     "schedule.decay": ("cosine", "linear"),
     "galore.proj_type": PROJ_TYPES,
@@ -67,7 +67,7 @@ _CHOICES = {
     "galore.projector_dtype": (None, *_DTYPES),
     "galore.refresh_from": ("batch", "micro_batch"),
     "galore.recovery": (None, *RECOVERIES),
-    "param_rounding": ROUNDINGS,
+    "param_rounding": (None, *ROUNDINGS),
     "updates": ("standard", "layerwise"),
 }
 
@@ -119,6 +119,12 @@ def check_config(config: Config) -> None:
         require(key, " or ".join(map(str, choices)) + hint, choices.__contains__)
     multiple = f"a multiple of config.micro_batch_size={config.micro_batch_size}"
     require("batch_size", multiple, lambda x: x % config.micro_batch_size == 0)
+    require("galore.lazy_refresh", "from 0 to 1, or None", lambda x: x is None or 0 <= x <= 1)
+    require(
+        "param_dtype",
+        f"bfloat16, float16 or float32 with config.method={config.method!r}",
+        lambda x: x != "int8" or config.method == "full" or uses_galore(config),
+    )
     require("lora.dropout", "at least 0 and less than 1", lambda x: 0 <= x < 1)
     require("relora.prune_ratio", "from 0 to 1", lambda x: 0 <= x <= 1)
     require(

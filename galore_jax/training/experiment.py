@@ -10,10 +10,11 @@ import optax
 
 from galore_jax.adapters import add_lora, factorize, freeze_rest, trainable
 from galore_jax.errors import UserError
+from galore_jax.int8_kernels import decoded, float_variables
+from galore_jax.lazy_refresh import times_in
 from galore_jax.memory.count import tree_bytes
 from galore_jax.models.architectures import ModelConfig, architecture_of
 from galore_jax.models.encoder_config import EncoderConfig
-from galore_jax.models.llama import count_params
 from galore_jax.models.stages import BLOCKS, LAYERS, Stages
 from galore_jax.per_layer import is_leafwise
 from galore_jax.training.config import (
@@ -66,7 +67,8 @@ class Experiment:
 
     def _start(self, params: Any, key: jax.Array) -> TrainState:
         params = with_adapters(self.config, params, jax.random.fold_in(key, 1))
-        return TrainState(jnp.zeros([], jnp.int32), params, self.optimizer.init(trainable(params)))
+        opt_state = self.optimizer.init(decoded(trainable(params)))
+        return TrainState(jnp.zeros([], jnp.int32), params, opt_state)
 
     def first_state(self) -> TrainState:
         """Makes that state on the device, with new weights or those of ``config.init_from``.
@@ -94,7 +96,8 @@ class Experiment:
             state = jax.eval_shape(self.init, jax.random.key(self.config.seed))
             if uses_matrices(self.config):
                 targets = target_modules(self.config)
-                projection_mask(state.params, targets, stacked_modules=LAYERS)
+                weights = jax.eval_shape(decoded, state.params)
+                projection_mask(weights, targets, stacked_modules=LAYERS)
             return state
         except (TypeError, ValueError) as error:
             raise UserError(f"the optimizer does not fit the model: {error}") from error
@@ -103,11 +106,20 @@ class Experiment:
         """Returns the shapes of a batch."""
         return self.task.abstract_batch(sequences)
 
-    def refreshes(self, count: int) -> bool:
-        """Tells whether the update after ``count`` updates makes new projectors or merges."""
+    def refreshes(self, count: int, state: TrainState | None = None) -> bool:
+        """Tells whether the update after ``count`` updates makes new projectors or merges.
+
+        Args:
+          count: updates so far.
+          state: the state after them. With lazy refreshes it tells whether a matrix is due; without
+            it each update that may refresh counts as one.
+        """
         if self.config.method == "relora":
             return count > 0 and count % self.config.relora.merge_every_steps == 0
-        return uses_galore(self.config) and count % self.config.galore.update_proj_gap == 0
+        if not uses_galore(self.config) or count % self.config.galore.update_proj_gap:
+            return False
+        times = () if state is None else times_in(state.opt_state)
+        return not times or any((jax.device_get(x.due_at) <= count).any() for x in times)
 
     def train_steps(self) -> dict[bool, Step]:
         """Makes the pure steps of a run, by what ``refreshes`` gives.
@@ -131,7 +143,7 @@ class Experiment:
         """Returns the shapes of all gradients of a step without new projectors."""
         state = self.abstract_state()
         if not self.mode.projected:
-            return jax.eval_shape(trainable, state.params)
+            return jax.eval_shape(lambda x: float_variables(trainable(x)), state.params)
         return jax.eval_shape(self.mode.variables, state.params, state.opt_state)
 
     def gradient_bytes(self) -> int:
@@ -164,13 +176,15 @@ def make_experiment(config: Config) -> Experiment:
     if projected is None:  # where it can be
         needs_full = config.optimizer.clip_norm is not None or config.galore.recovery is not None
         projected = uses_galore(config) and not needs_full
+    is_int8 = model.param_dtype == jnp.int8
     mode = Mode(
         updates=config.updates,
         projected=projected,
         proj_type=config.galore.proj_type,
+        update_proj_gap=config.galore.update_proj_gap,
         micro_batches=config.batch_size // config.micro_batch_size,
         refresh_from=config.galore.refresh_from,
-        rounding=config.param_rounding,
+        rounding=config.param_rounding or ("stochastic" if is_int8 else "nearest"),
         dropout_seed=config.seed if _drops(config, model) else None,
         prune_ratio=config.relora.prune_ratio if config.method == "relora" else None,
     )
@@ -217,41 +231,6 @@ def _drops(config: Config, model: ModelConfig) -> bool:
     return config.method in ("lora", "relora") and config.lora.dropout > 0
 
 
-def summary(experiment: Experiment) -> str:
-    """Describes in a few lines what will run."""
-    config, model, schedule = experiment.config, experiment.model, experiment.config.schedule
-    settings, low_rank = config.optimizer, config.galore
-    method = f"{settings.name} on the full gradients"
-    if uses_galore(config):
-        rank = galore_rank(config)
-        if isinstance(rank, dict):
-            rank = ", ".join(
-                f"{number} ({pattern or 'all other'})" for pattern, number in rank.items()
-            )
-        method = f"{config.method} with {settings.name}: rank {rank}, new projector every "
-        method += f"{low_rank.update_proj_gap} updates, scale {low_rank.scale:g}"
-        if low_rank.recovery is not None:
-            method += f", recovery by {low_rank.recovery}"
-    elif config.method != "full":
-        lora = config.lora
-        method = f"{config.method} with {settings.name}: rank {lora.rank}"
-        if config.method != "low_rank":
-            method += f", alpha {lora.alpha:g}, dropout {lora.dropout:g}"
-        if config.method == "relora":
-            method += f", merged every {config.relora.merge_every_steps} updates"
-    device = jax.local_devices()[0].device_kind
-    params = count_params(experiment.abstract_state().params)
-    begin = f", from {config.init_from}" if config.init_from is not None else ""
-    return (
-        f"model   {params / 1e6:,.2f}M parameters: hidden {model.hidden_size}, "
-        f"{model.num_layers} layers, vocabulary {model.vocab_size}, {config.param_dtype}{begin}\n"
-        f"method  {method}\n"
-        f"data    {experiment.task.describe(config.batch_size)}\n"
-        f"run     {config.train_steps} updates, peak learning rate {schedule.peak_lr:g}, "
-        f"seed {config.seed}, on {device} with jax {jax.__version__}"
-    )
-
-
 def step_name(refresh: bool) -> str:
     """Names a step in the memory report."""
     return "step with a refresh" if refresh else "training step"
@@ -284,7 +263,7 @@ def _layer_optimizer(experiment: Experiment) -> optax.GradientTransformationExtr
             "norm is known only when all gradients are; give --config.optimizer.clip_norm=None"
         )
     tx = make_optimizer(config, experiment.schedule, stacked=False)
-    params = experiment.abstract_state().params
+    params = jax.eval_shape(decoded, experiment.abstract_state().params)
     layer = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape[1:], x.dtype), params[BLOCKS])
     params = {**params, BLOCKS: layer}
     mask = projection_mask(params, tuple(config.galore.target_modules), must_match=False)

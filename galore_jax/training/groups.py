@@ -7,6 +7,7 @@ from typing import Any
 import jax
 import optax
 
+from galore_jax.int8_kernels import decoded
 from galore_jax.models.stages import BLOCKS, LAYERS, Stages
 from galore_jax.per_layer import layer_axes, layer_depths, put_layer, take_layer
 from galore_jax.training.step import TrainState
@@ -20,7 +21,8 @@ class Groups:
     ``optax.MaskedNode()`` in the place of all other leaves, as ``optax.masked`` has it.
 
     Attributes:
-      params, opt_state: the group of each leaf, -1 in the state for what all share (step counts).
+      params, opt_state: the group of each leaf, -1 in the state for what all share (step counts);
+        an ``Int8Kernel`` counts as a leaf.
       param_axes, state_axes: whether an array has a leading layer axis.
       after, before: the numbers of these two groups.
     """
@@ -42,7 +44,7 @@ class Groups:
         """Takes the params and the state of a group, of the layer of that index in the blocks."""
 
         def take(i: int, axes: Any, x: Any) -> Any:
-            return take_layer(x, axes, index) if i in (group, -1) else optax.MaskedNode()
+            return _take(x, axes, index) if i in (group, -1) else optax.MaskedNode()
 
         taken = self._map(take, state)
         return taken.params, taken.opt_state
@@ -54,7 +56,7 @@ class Groups:
         replaced = (group, -1) if group == self.before else (group,)
 
         def put(i: int, axes: Any, x: Any, new: Any) -> Any:
-            return put_layer(x, axes, index, new) if i in replaced else x
+            return put_layer(x, _of_arrays(axes, x), index, new) if i in replaced else x
 
         return self._map(put, state, TrainState(state.step, params, opt_state))
 
@@ -82,11 +84,12 @@ def find_groups(model: Stages, tx: optax.GradientTransformation, state: TrainSta
     after = len(model.block)
     of_key = dict.fromkeys(model.after.keys, after) | dict.fromkeys(model.before.keys, after + 1)
     of_block = {key: i for i, stage in enumerate(model.block) for key in stage.keys}
+    params = jax.eval_shape(decoded, state.params)
     groups = {
         key: {k: _fill(tree[k], of_block[k]) for k in tree}
         if key == BLOCKS
         else _fill(tree, of_key[key])
-        for key, tree in state.params.items()
+        for key, tree in params.items()
     }
     of_state = optax.tree_utils.tree_map_params(
         tx,
@@ -96,7 +99,7 @@ def find_groups(model: Stages, tx: optax.GradientTransformation, state: TrainSta
         transform_non_params=lambda x: _fill(x, -1),
         is_leaf=lambda _: True,
     )
-    depths = layer_depths(state.params, LAYERS)
+    depths = layer_depths(params, LAYERS)
     axes = layer_axes(tx, state.opt_state, depths)
     return Groups(groups, of_state, jax.tree.map(bool, depths), axes, after, after + 1)
 
@@ -104,6 +107,15 @@ def find_groups(model: Stages, tx: optax.GradientTransformation, state: TrainSta
 def take_all(blocks: Any, index: jax.Array) -> Any:
     """Takes one layer of the params of all blocks."""
     return take_layer(blocks, _fill(blocks, True), index)
+
+
+def _take(tree: Any, axes: Any, index: Any) -> Any:
+    return take_layer(tree, _of_arrays(axes, tree), index)
+
+
+def _of_arrays(axes: Any, tree: Any) -> Any:
+    """Spreads what is known of an ``Int8Kernel`` over its arrays."""
+    return _fill(tree, axes) if isinstance(axes, bool) else axes
 
 
 def _fill(tree: Any, value: Any) -> Any:

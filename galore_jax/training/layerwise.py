@@ -18,6 +18,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
+from galore_jax.int8_kernels import decoded, float_variables, with_float_variables
 from galore_jax.models.stages import BLOCKS, Stages
 from galore_jax.projected_grad import with_variables
 from galore_jax.rounding import apply_updates
@@ -29,6 +30,7 @@ from galore_jax.training.step import (
     Step,
     TrainState,
     cast_like,
+    count_refreshes,
     split_batch,
     sum_of_squares,
     sum_over_parts,
@@ -64,6 +66,7 @@ def make_layerwise_step(
             state, metrics = step.add_up_and_walk(state, parts, per_target)
         learning_rate = jnp.asarray(schedule(state.step), jnp.float32)
         metrics = {**metrics, "learning_rate": learning_rate, "tokens": tokens}
+        metrics |= count_refreshes(state.opt_state, state.step, mode.update_proj_gap)
         return state._replace(step=state.step + 1), metrics
 
     return train_step
@@ -214,13 +217,20 @@ class _LayerwiseStep:
         """Differentiates a part of a layer by its weights or variables, and by its input."""
         stage, layer = self.model.block[group], take_all(state.params[BLOCKS], index)
         weights, opt_state = groups.take(group, index, state)
-        variables = weights if full else self.mode.variables(weights, opt_state)
+        variables = self._variables(weights, opt_state, full)
 
         def run(variables: Any, x: jax.Array) -> jax.Array:
-            nodes = variables if full else with_variables(weights, opt_state, variables)
+            if full:
+                nodes = with_float_variables(weights, variables)
+            else:
+                nodes = with_variables(weights, opt_state, variables)
             return stage.run({**layer, **{key: nodes[BLOCKS][key] for key in stage.keys}}, x)
 
         return backward.stage_gradients(run, variables, x, dx)
+
+    def _variables(self, weights: Any, opt_state: optax.OptState, full: bool) -> Any:
+        """Makes what a group's gradients are taken by."""
+        return float_variables(weights) if full else self.mode.variables(weights, opt_state)
 
     def _update(
         self,
@@ -241,12 +251,12 @@ class _LayerwiseStep:
           sees them, float32 (2,); and the latter.
         """
         params, opt_state = groups.take(group, index, state)
-        grads = cast_like(params if full else self.mode.variables(params, opt_state), grads)
+        grads = cast_like(self._variables(params, opt_state, full), grads)
         if only_refresh:
-            opt_state = self.tx.refresh(grads, opt_state, params)  # pyright: ignore
+            opt_state = self.tx.refresh(grads, opt_state, decoded(params))  # pyright: ignore
         else:
             updates, opt_state = self.tx.update(
-                grads, opt_state, params, value=loss, refresh=full and self.refresh
+                grads, opt_state, decoded(params), value=loss, refresh=full and self.refresh
             )
             layer = 0 if index is None else index
             params = apply_updates(params, updates, state.step, self.mode.rounding, layer=layer)

@@ -15,13 +15,14 @@ from galore_jax.memory.fit import check_fit, compile_steps
 from galore_jax.training.best import Best
 from galore_jax.training.checkpoints import Checkpoints, Restored
 from galore_jax.training.config import Config
-from galore_jax.training.experiment import Experiment, make_experiment, step_name, summary
+from galore_jax.training.experiment import Experiment, make_experiment, step_name
 from galore_jax.training.from_config import count_updates
 from galore_jax.training.metrics import MetricsLog, write_run_record
 from galore_jax.training.progress import Progress, format_count, format_duration
 from galore_jax.training.shapes import OnShapes
 from galore_jax.training.signals import StopRequest
-from galore_jax.training.step import NORMS, TrainState, all_finite, make_eval_step
+from galore_jax.training.step import NORMS, REFRESHES, TrainState, all_finite, make_eval_step
+from galore_jax.training.summary import summary
 from galore_jax.training.tasks import Data, Evaluation
 from galore_jax.training.workdir import check_writable, claim, config_json, keep_tokenizer
 
@@ -156,7 +157,7 @@ class _Run:
         speed = _Speed()
         waiting = None
         for step in range(self.step + 1, config.train_steps + 1):
-            train_step = self.train_steps[self.experiment.refreshes(step - 1)]
+            train_step = self.train_steps[self.experiment.refreshes(step - 1, state)]
             state, numbers = train_step(state, next(self.batches))
             # The metrics of the step before: the device already has this one to work on.
             if waiting is not None:
@@ -194,6 +195,7 @@ class _Run:
         if step == 1 or step == self.config.train_steps or _due(step, self.config.log_every_steps):
             rate, tokens_per_second = numbers["learning_rate"], speed.since_last()
             line = {"step": step, "loss": numbers["loss"], "learning_rate": rate, **norms}
+            line |= {key: numbers[key] for key in REFRESHES if key in numbers}
             line |= {"tokens": self.tokens, "tokens_per_second": tokens_per_second}
             metrics.write(line | self._memory())
             shown = {"learning_rate": float(rate), "tokens_per_second": tokens_per_second}

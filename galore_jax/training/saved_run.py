@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import jax
+import jax.numpy as jnp
 from flax import traverse_util
 from jax.typing import DTypeLike
 from ml_collections import ConfigDict
@@ -17,6 +18,7 @@ from galore_jax.data.sample import prepare_sample
 from galore_jax.data.sentence_tokenizer import SentenceTokenizer
 from galore_jax.data.tokenizer import Tokenizer, open_tokenizer
 from galore_jax.errors import UserError
+from galore_jax.int8_kernels import is_int8
 from galore_jax.models import huggingface
 from galore_jax.models.architectures import ModelConfig, architecture_of
 from galore_jax.models.config import LlamaConfig
@@ -37,7 +39,8 @@ class SavedRun:
       config: the run's config, as its ``config.json`` has it.
       step: updates made.
       model: the model, with the longest row of the run and its tokenizer's special tokens.
-      params: on the default device, in the dtypes that they were trained in.
+      params: on the default device, in the dtypes that they were trained in; integers as
+        ``Int8Kernel`` nodes.
       tokenizer: None if it was not asked for.
     """
 
@@ -93,8 +96,9 @@ def open_run(
 
 
 def _as_trained(config: Config, model: ModelConfig, params: Params) -> Any:
-    """Makes of nested dicts the tree that the run's method trains, with its adapters."""
-    if config.method == "full" or uses_galore(config):
+    """Makes of nested dicts the tree that the run trains, with its adapters or integers."""
+    has_adapters = config.method != "full" and not uses_galore(config)
+    if not has_adapters and model.param_dtype != jnp.int8:
         return params
 
     def init(key: jax.Array) -> Any:
@@ -125,7 +129,7 @@ def open_model(
     Args:
       folder: a run's workdir, or a folder with ``config.json`` and safetensors files.
       step: which checkpoint of a run; None for the newest intact one.
-      dtype: of the params and to compute in; None for those of the folder.
+      dtype: of the params and to compute in, integers excepted; None for those of the folder.
       tokenizer: whether to open the tokenizer too.
 
     Raises:
@@ -137,8 +141,9 @@ def open_model(
         run = open_run(folder, step, tokenizer=tokenizer)
         model, params, opened = run.model, run.params, run.tokenizer
         if dtype is not None:
-            model = dataclasses.replace(model, dtype=dtype, param_dtype=dtype)
-            params = jax.tree.map(lambda leaf: leaf.astype(dtype), params)
+            stored = jnp.int8 if model.param_dtype == jnp.int8 else dtype
+            model = dataclasses.replace(model, dtype=dtype, param_dtype=stored)
+            params = jax.tree.map(lambda leaf: leaf.astype(dtype), params, is_leaf=is_int8)
     elif step is not None:
         raise UserError(f"{folder} is no run, so that it has no step {step}")
     else:

@@ -9,6 +9,8 @@ import jax.numpy as jnp
 import optax
 
 from galore_jax.adapters import is_adapter, restart, trainable, with_trainable
+from galore_jax.int8_kernels import decoded, float_variables, with_float_variables
+from galore_jax.lazy_refresh import times_in
 from galore_jax.models.stages import DROPOUT_KEY, KERNELS, Stages
 from galore_jax.projected_grad import gradient_variables, project_gradients, with_variables
 from galore_jax.projection import ProjType
@@ -18,6 +20,7 @@ from galore_jax.training.tasks import Batch, Task
 
 Metrics = dict[str, jax.Array]
 NORMS = ("grad_norm", "projected_grad_norm")
+REFRESHES = ("refreshes", "refreshes_spared")  # of single matrices
 
 
 class TrainState(NamedTuple):
@@ -50,7 +53,8 @@ class Mode:
       refresh_from: where new projectors come from with projected gradients: ``"batch"``, the full
         gradient of the whole batch, or ``"micro_batch"``, that of its first micro-batch, so that
         the full gradient is never added up in float32.
-      rounding: of bfloat16 weights, see ``galore_jax.rounding.apply_updates``.
+      update_proj_gap: GaLore's.
+      rounding: of bfloat16 and int8 weights, see ``galore_jax.rounding.apply_updates``.
       side_by_side: layerwise, whether all micro-batches go through a layer before the next one's
         turn, which keeps the blocks' inputs of the whole batch. Otherwise, with projected gradients
         alone, one goes through all layers after the other: that keeps the float32 sums of all
@@ -62,6 +66,7 @@ class Mode:
     updates: Literal["standard", "layerwise"] = "standard"
     projected: bool = False
     proj_type: ProjType = "std"
+    update_proj_gap: int = 200
     micro_batches: int = 1
     refresh_from: Literal["batch", "micro_batch"] = "batch"
     rounding: Rounding = "nearest"
@@ -106,6 +111,7 @@ def make_train_step(
     Returns:
       A pure function of (state, batch) giving the new state and, all () float32 but ``tokens``:
       ``loss`` in nats a target, ``learning_rate``, ``tokens``, the int32 number of targets,
+      with lazy refreshes ``count_refreshes``, and
       ``grad_norm``, global and before clipping, where full gradients are there, and with
       ``mode.projected`` the norm of what the optimizer sees of them, ``projected_grad_norm``.
       Meant for ``jax.jit`` with the state donated.
@@ -118,30 +124,36 @@ def make_train_step(
         if mode.dropout_seed is not None:
             parts["part"] = jnp.arange(mode.micro_batches)
         trained = trainable(state.params)
+        weights = decoded(trained)  # as the optimizer sees them, where it does
 
-        def part_of_mean(trained: Any, part: Batch) -> jax.Array:
+        def part_of_mean(nodes: Any, part: Batch) -> jax.Array:
             key = None
             if mode.dropout_seed is not None:
                 key = jax.random.fold_in(jax.random.key(mode.dropout_seed), state.step)
                 key = jax.random.fold_in(key, part["part"])
-            params = with_trainable(state.params, trained, key)
+            params = with_trainable(state.params, nodes, key)
             inputs = part if key is None else {**part, DROPOUT_KEY: jax.random.fold_in(key, 0)}
             return task.loss(model.forward(params, inputs), part) * per_target
+
+        def full_part_of_mean(variables: Any, part: Batch) -> jax.Array:
+            return part_of_mean(with_float_variables(trained, variables), part)
 
         opt_state, norms, update_refreshes = state.opt_state, {}, refresh
         from_batch = mode.refresh_from == "batch" or mode.micro_batches == 1
         if not mode.projected or (refresh and from_batch):
-            loss, grads = sum_over_parts(jax.value_and_grad(part_of_mean), trained, parts)
-            grads = cast_like(trained, grads)
+            variables = float_variables(trained)
+            loss, grads = sum_over_parts(jax.value_and_grad(full_part_of_mean), variables, parts)
+            grads = cast_like(variables, grads)
             norms["grad_norm"] = gradient_norm(grads)
         else:
             first = ()
             if refresh:
                 head = jax.tree.map(lambda x: x[0], parts)
                 parts = jax.tree.map(lambda x: x[1:], parts)
-                loss, grads = jax.value_and_grad(part_of_mean)(state.params, head)
+                variables = float_variables(trained)
+                loss, grads = jax.value_and_grad(full_part_of_mean)(variables, head)
                 norms["grad_norm"] = gradient_norm(grads)
-                opt_state = tx.refresh(grads, opt_state, state.params)  # pyright: ignore
+                opt_state = tx.refresh(grads, opt_state, weights)  # pyright: ignore
                 first = loss, mode.project(grads, opt_state)
             variables = mode.variables(state.params, opt_state)
 
@@ -156,7 +168,7 @@ def make_train_step(
             update_refreshes = False
 
         updates, opt_state = tx.update(
-            grads, opt_state, trained, value=loss, refresh=update_refreshes
+            grads, opt_state, weights, value=loss, refresh=update_refreshes
         )
         if mode.projected and "projected_grad_norm" not in norms:
             norms["projected_grad_norm"] = gradient_norm(mode.project(grads, opt_state))
@@ -165,6 +177,7 @@ def make_train_step(
             "learning_rate": jnp.asarray(schedule(state.step), jnp.float32),
             "tokens": tokens,
             **norms,
+            **count_refreshes(opt_state, state.step, mode.update_proj_gap),
         }
         trained = apply_updates(trained, updates, state.step, mode.rounding)
         params = with_trainable(state.params, trained)
@@ -199,6 +212,25 @@ def _pruned(moment: Any, key: jax.Array, ratio: float) -> Any:
     kept = jax.random.uniform(key, values.shape) >= ratio
     values = jnp.where(kept, values, jnp.zeros_like(values))
     return moment._replace(codes=values) if isinstance(moment, Quantized) else values
+
+
+def count_refreshes(opt_state: optax.OptState, step: jax.Array, gap: int) -> Metrics:
+    """Counts the refreshes of single matrices so far, and those that lazy refreshes spared.
+
+    Args:
+      opt_state: the state after an update.
+      step: updates before it, () int32.
+      gap: GaLore's ``update_proj_gap``.
+
+    Returns:
+      ``refreshes`` and ``refreshes_spared``, () int32; nothing without lazy refreshes.
+    """
+    times = times_in(opt_state)
+    if not times:
+        return {}
+    made = jnp.stack([jnp.sum(x.made) for x in times]).sum()
+    all_of_them = (step // gap + 1) * sum(x.made.size for x in times)
+    return {"refreshes": made, "refreshes_spared": all_of_them - made}
 
 
 def split_batch(task: Task, batch: Batch, parts: int) -> tuple[jax.Array, jax.Array, Batch]:

@@ -8,6 +8,7 @@ import jax
 import pytest
 from tiny import ROOT, tiny_config, tiny_flags
 
+from configs import llama
 from galore_jax.errors import UserError
 from galore_jax.memory import (
     CompiledPlan,
@@ -211,6 +212,15 @@ def test_a_card_of_ones_own_must_be_complete(text, message, tmp_path):
     with pytest.raises(UserError, match=message) as caught:
         targets.find_target(str(card))
     assert "\n" not in str(caught.value)
+
+
+def test_published_figures_are_marks_beside_7b_alone(tmp_path):
+    marks = compare.published(llama.get_config("7b_12gb"))
+    assert marks["Q-GaLore"] == 15.26e9
+    assert compare.published(tiny_config()) == {}
+    bar = report.Report("this", CPU, (report.Row("weights", 10**9),), {}, 10**9)
+    plot.plot([bar], tmp_path / "m.svg", "title", marks)
+    assert "Q-GaLore, as published" in (tmp_path / "m.svg").read_text()
 
 
 def test_plot_needs_a_known_ending(tmp_path):
