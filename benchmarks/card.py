@@ -39,6 +39,7 @@ from galore_jax import adamw8bit
 from galore_jax.data.batches import DataConfig, TextData
 from galore_jax.memory import compiled_plan, tree_bytes
 from galore_jax.memory.peaks import Peak, find_peak
+from galore_jax.models.config import LlamaConfig
 from galore_jax.models.flops import training_flops_per_token
 from galore_jax.training.config import Config
 from galore_jax.training.experiment import make_experiment
@@ -136,6 +137,7 @@ def measure_step(figure: Figure) -> Row:
     step_s, host_s = (statistics.median(column) for column in zip(*taken, strict=True))
     refresh_s = statistics.median(run(True)[0] for _ in range(2)) if has_refresh else None
     stats = jax.devices()[0].memory_stats() or {}
+    assert isinstance(experiment.model, LlamaConfig)
     flops = training_flops_per_token(experiment.model, figure.seq_len) * batch["tokens"].size
     gap = config.galore.update_proj_gap
     amortised = step_s if refresh_s is None else ((gap - 1) * step_s + refresh_s) / gap

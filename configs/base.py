@@ -23,15 +23,23 @@ def get_config(arg: str = "") -> ConfigDict:
     # of --config, as in --config=configs/llama.py:60m,method=full, so that the learning rate goes
     # with it.
     config.method = "galore"
-    # Go on from a LLaMA in Hugging Face's format: a folder, whose sizes take the place of those of
-    # config.model, and whose tokenizer that of config.data.tokenizer where that is None.
+    # "language_modelling", with the LLaMA of config.model; or a task of GLUE, with the encoder of
+    # config.encoder: cola, stsb, mrpc, rte, sst2, mnli, qnli or qqp.
+    config.task = "language_modelling"
+    # Go on from a model in Hugging Face's format: a folder, whose sizes take the place of those of
+    # config.model or config.encoder, and whose tokenizer that of config.data.tokenizer where that
+    # is None. "minilm": a small BERT that pip fetches, or random weights where it cannot.
     config.init_from = config_dict.placeholder(str)
     config.seed = 0  # of the initial weights and of the order of the data
     config.train_steps = 10_000  # updates
+    # Of GLUE: updates counted in epochs, in the place of train_steps. None: train_steps.
+    config.train_epochs = config_dict.placeholder(float)
     config.batch_size = 512  # sequences an update
     config.micro_batch_size = 16  # sequences at a time; their gradients add up to a batch
     config.log_every_steps = 10  # a line of metrics.jsonl
     config.eval_every_steps = 1_000  # 0: only at the end
+    # With train_epochs: in the place of eval_every_steps. None: eval_every_steps.
+    config.eval_every_epochs = config_dict.placeholder(float)
     config.eval_tokens = 10_000_000  # held-out tokens an evaluation, to the next whole batch
     config.checkpoint_every_steps = 1_000  # 0: only at the end
     config.keep_checkpoints = 2  # the newest ones
@@ -70,9 +78,28 @@ def get_config(arg: str = "") -> ConfigDict:
     config.model.attention_implementation = config_dict.placeholder(str)  # None, "xla", "cudnn"
     config.model.loss_chunk_tokens = 1024  # rows of logits that exist at a time
 
+    config.encoder = ConfigDict()
+    config.encoder.kind = "roberta"  # or "bert"
+    config.encoder.vocab_size = 50_265  # at least the tokenizer's
+    config.encoder.hidden_size = 768
+    config.encoder.intermediate_size = 3072  # inside the feed-forward part
+    config.encoder.num_layers = 12  # blocks
+    config.encoder.num_heads = 12
+    config.encoder.position_rows = 514  # of the table; RoBERTa leaves pad_id + 1 of them unused
+    config.encoder.type_vocab_size = 1  # token types
+    config.encoder.layer_norm_eps = 1e-5  # added to the variance
+    config.encoder.pad_id = 1  # fills short rows
+    config.encoder.hidden_dropout = 0.1  # of the outputs of embedding and sublayers, in training
+    config.encoder.attention_dropout = 0.1  # of attention's probabilities
+    # Of the head's inputs; None: hidden_dropout.
+    config.encoder.classifier_dropout = config_dict.placeholder(float)
+    config.encoder.init_std = 0.02  # of embeddings and kernels, and of a new head
+
     config.data = ConfigDict()
-    config.data.name = "c4"  # "c4", or "sample": English that needs no download
-    config.data.data_dir = config_dict.placeholder(str)  # the folder that holds C4
+    # "c4", or "sample": English that needs no download; for GLUE's tasks "glue", or "reviews":
+    # sentences that pip fetches, for the task sst2.
+    config.data.name = "c4"
+    config.data.data_dir = config_dict.placeholder(str)  # the folder that holds C4 or GLUE
     # A SentencePiece model, a tokenizer.json or a folder with either; None: the sample's own.
     config.data.tokenizer = config_dict.placeholder(str)
     config.data.seq_len = 256  # tokens a sequence
@@ -81,7 +108,8 @@ def get_config(arg: str = "") -> ConfigDict:
     config.schedule = ConfigDict()
     config.schedule.peak_lr = 0.01  # reached at the end of the warm-up
     config.schedule.warmup_steps = config_dict.placeholder(int)  # None: a tenth of train_steps
-    config.schedule.final_lr_ratio = 0.1  # cosine to this part of peak_lr at train_steps
+    config.schedule.decay = "cosine"  # or "linear"
+    config.schedule.final_lr_ratio = 0.1  # to this part of peak_lr at train_steps
 
     config.optimizer = ConfigDict()
     # "adamw8bit", or any alias of optax or optax.contrib.
@@ -136,6 +164,9 @@ def get_config(arg: str = "") -> ConfigDict:
     config.lora.alpha = 32.0  # the low-rank part is multiplied by alpha / rank; not in low_rank
     config.lora.dropout = 0.05  # of the inputs of the low-rank part, in training; not in low_rank
     config.lora.target_modules = ("attn", "mlp")  # regular expressions on the weights' paths
+    # Regular expressions on the paths of other weights that LoRA trains, whole; the rest is frozen.
+    # None: all others are trained.
+    config.lora.train_rest = config_dict.placeholder(tuple)
 
     config.relora = ConfigDict()
     config.relora.merge_every_steps = 5_000  # updates between two merges

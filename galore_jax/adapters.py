@@ -20,7 +20,8 @@ import jax.numpy as jnp
 import optax
 
 from galore_jax.int8_kernels import is_int8
-from galore_jax.weights import Patterns, projection_mask
+from galore_jax.kernels import Frozen
+from galore_jax.weights import Patterns, leaf_path, path_filter, projection_mask
 
 
 @functools.partial(
@@ -173,6 +174,25 @@ def factorize(
     return _map_kernels(node, params, key, target_modules, stacked_modules)
 
 
+def freeze_rest(params: Any, patterns: Patterns) -> Any:
+    """Freezes all arrays but those whose paths match, and the low-rank parts of kernels.
+
+    Args:
+      params: a tree that ``add_lora`` gave.
+      patterns: regular expressions on the paths of what is trained whole.
+
+    >>> params = freeze_rest({"embed": jnp.ones(3), "head": jnp.ones(2)}, "head")
+    >>> len(jax.tree.leaves(trainable(params)))
+    1
+    """
+    is_trained = path_filter(patterns)
+    return jax.tree_util.tree_map_with_path(
+        lambda path, x: x if is_adapter(x) or is_trained(leaf_path(path)) else Frozen(x),
+        params,
+        is_leaf=is_adapter,
+    )
+
+
 def merge(params: Any) -> Any:
     """Makes plain kernels of all adapters, in the dtypes of their parts.
 
@@ -182,6 +202,8 @@ def merge(params: Any) -> Any:
     """
 
     def plain(node: Any) -> Any:
+        if isinstance(node, Frozen):
+            return node.array
         if not is_adapter(node):
             return node
         a, b = node.a.astype(jnp.float32), node.b.astype(jnp.float32)
@@ -190,7 +212,7 @@ def merge(params: Any) -> Any:
             return product.astype(node.a.dtype)
         return (node.kernel.astype(jnp.float32) + node.scale * product).astype(node.kernel.dtype)
 
-    return jax.tree.map(plain, params, is_leaf=is_adapter)
+    return jax.tree.map(plain, params, is_leaf=_is_node)
 
 
 def restart(params: Any, key: jax.Array) -> Any:
@@ -216,21 +238,19 @@ def restart(params: Any, key: jax.Array) -> Any:
 
 
 def trainable(params: Any) -> Any:
-    """Returns the params without frozen kernels, to differentiate by and to optimise.
+    """Returns the params without what is frozen, to differentiate by and to optimise.
 
     >>> params = add_lora({"kernel": jnp.ones((4, 6))}, jax.random.key(0), rank=2)
     >>> len(jax.tree.leaves(trainable(params)))
     2
     """
-    return jax.tree.map(
-        lambda node: (
-            dataclasses.replace(node, kernel=optax.MaskedNode())
-            if isinstance(node, LoRAKernel)
-            else node
-        ),
-        params,
-        is_leaf=is_adapter,
-    )
+
+    def without_frozen(node: Any) -> Any:
+        if isinstance(node, LoRAKernel):
+            return dataclasses.replace(node, kernel=optax.MaskedNode())
+        return Frozen(optax.MaskedNode()) if isinstance(node, Frozen) else node
+
+    return jax.tree.map(without_frozen, params, is_leaf=_is_node)
 
 
 def with_trainable(params: Any, trained: Any, dropout_key: jax.Array | None = None) -> Any:
@@ -245,10 +265,12 @@ def with_trainable(params: Any, trained: Any, dropout_key: jax.Array | None = No
     >>> with_trainable(params, trainable(params))["kernel"].kernel.shape
     (4, 6)
     """
-    leaves, treedef = jax.tree.flatten(params, is_leaf=lambda x: is_adapter(x) or is_int8(x))
+    leaves, treedef = jax.tree.flatten(params, is_leaf=lambda x: _is_node(x) or is_int8(x))
     nodes = []
     for i, (leaf, new) in enumerate(zip(leaves, treedef.flatten_up_to(trained), strict=True)):
-        node = dataclasses.replace(new, kernel=leaf.kernel) if isinstance(leaf, LoRAKernel) else new
+        node = leaf if isinstance(leaf, Frozen) else new
+        if isinstance(leaf, LoRAKernel):
+            node = dataclasses.replace(new, kernel=leaf.kernel)
         if dropout_key is not None and isinstance(node, LoRAKernel) and node.dropout > 0:
             key = jax.random.fold_in(dropout_key, i)
             stack = node.a.shape[:-2]
@@ -257,6 +279,10 @@ def with_trainable(params: Any, trained: Any, dropout_key: jax.Array | None = No
             )
         nodes.append(node)
     return treedef.unflatten(nodes)
+
+
+def _is_node(node: Any) -> bool:
+    return is_adapter(node) or isinstance(node, Frozen)
 
 
 def _draw_a(key: jax.Array, shape: tuple[int, ...], dtype: Any) -> jax.Array:

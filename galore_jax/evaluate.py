@@ -1,4 +1,4 @@
-r"""Computes a model's loss, perplexity and bits per byte on held-out text.
+r"""Computes a model's loss, perplexity and bits per byte on held-out text, or a task's scores.
 
   python -m galore_jax.evaluate --workdir=runs/sample-galore-adamw
       a run of train.py, on the held-out part of its own data
@@ -7,6 +7,9 @@ r"""Computes a model's loss, perplexity and bits per byte on held-out text.
   python -m galore_jax.evaluate --model=models/smollm2 --config.data.seq_len=512
       a Hugging Face folder, on the offline sample; for C4 give --config.data.name=c4 and
       --config.data.data_dir=DIR
+  python -m galore_jax.evaluate --workdir=runs/reviews-galore-adamw
+  python -m galore_jax.evaluate --model=models/reviews --config=configs/reviews.py
+      a classifier of sentences: the task's scores; of a run that of the best evaluation
 
 Bits per byte compare models of different tokenizers: the loss of all targets over the bytes of text
 that these stand for. The end of a document counts as a target without bytes.
@@ -32,13 +35,16 @@ from typing import Any
 import jax
 
 from galore_jax.command import Flags, run_command
+from galore_jax.data.glue_tasks import TASKS
 from galore_jax.errors import UserError
-from galore_jax.models.config import LlamaConfig
-from galore_jax.models.llama import Params, stages
+from galore_jax.models.architectures import ModelConfig, architecture_of
+from galore_jax.models.encoder_huggingface import load
+from galore_jax.models.llama import Params
 from galore_jax.training.cli import find_configs, parse
-from galore_jax.training.config import check_config
-from galore_jax.training.evaluation import HeldOut, bytes_of_tokens, evaluate
-from galore_jax.training.experiment import make_task
+from galore_jax.training.config import Config, check_config, is_sentence_task
+from galore_jax.training.evaluation import bytes_of_tokens, evaluate
+from galore_jax.training.from_config import make_task
+from galore_jax.training.language_modelling import LanguageModelling
 from galore_jax.training.progress import format_count, format_duration
 from galore_jax.training.saved_run import is_run, open_model, read_run_config
 from galore_jax.training.step import make_eval_step
@@ -68,21 +74,24 @@ def _run(arguments: list[str]) -> None:
     if given.workdir is not None and not is_run(folder):
         raise UserError(f"--workdir={folder} is no run; for a Hugging Face folder give --model")
     config = _config(folder, settings)
-    model, params, _ = open_model(folder, given.step, dtype=given.dtype, tokenizer=False)
-    found, text_bytes = _evaluate(config, model, params)
-    bits = found.bits_per_byte(text_bytes)
-    numbers = {"loss": found.loss, "perplexity": found.perplexity}
-    numbers |= {"bits_per_byte": bits, "targets": found.targets}
-    numbers |= {"text_bytes": text_bytes, "model": str(folder), "data": config.data.to_dict()}
-    as_json = json.dumps(numbers, indent=2)
+    if is_sentence_task(config) and given.model is not None:
+        model, params = _open_classifier(config, folder, given.dtype)
+    else:
+        model, params, _ = open_model(folder, given.step, dtype=given.dtype, tokenizer=False)
+    task = make_task(config, model)
+    if isinstance(task, LanguageModelling):
+        numbers, text = _evaluate_text(config, task, model, params)
+    else:
+        judge = jax.jit(make_eval_step(architecture_of(model).stages(model), task))
+        size = config.micro_batch_size
+        found = task.evaluate(judge, params, task.open_data(), batch_size=size, most_targets=0)
+        assert found is not None  # nothing stops it
+        numbers, text = found.metrics, f"{found.text} {found.over}"
+    as_json = json.dumps({**numbers, "model": str(folder), "data": config.data.to_dict()}, indent=2)
     if given.json == "-":
         print(as_json)
         return
-    print(
-        f"loss {found.loss:.4f} nats a token, perplexity {found.perplexity:.2f}, "
-        f"{bits:.4f} bits per byte, over {format_count(found.targets)} tokens and "
-        f"{format_count(text_bytes)} bytes of held-out text"
-    )
+    print(text)
     if given.json is not None:
         Path(given.json).write_text(as_json + "\n")
         print(f"written: {given.json}")
@@ -101,11 +110,20 @@ def _config(folder: Path, settings: list[str]) -> Any:
     return config
 
 
-def _evaluate(config: Any, model: LlamaConfig, params: Params) -> tuple[HeldOut, int]:
-    """Returns the evaluation and the bytes of its targets."""
-    task = make_task(config, model)
+def _open_classifier(config: Config, folder: Path, dtype: str | None) -> tuple[ModelConfig, Any]:
+    """Opens a Hugging Face folder whose head is for the task of a config."""
+    loaded = load(folder, dtype, labels=TASKS[config.task].labels)
+    if loaded.new:
+        raise UserError(f"{folder} has no head for the task {config.task}: fine-tune it first")
+    return loaded.config, loaded.params
+
+
+def _evaluate_text(
+    config: Config, task: LanguageModelling, model: ModelConfig, params: Params
+) -> tuple[dict[str, Any], str]:
+    """Returns an evaluation as numbers and as a line of text."""
     data = task.open_data()
-    step = jax.jit(make_eval_step(stages(model), task))
+    step = jax.jit(make_eval_step(architecture_of(model).stages(model), task))
     begun = shown = time.monotonic()
 
     def progress(targets: int) -> None:
@@ -120,7 +138,16 @@ def _evaluate(config: Any, model: LlamaConfig, params: Params) -> tuple[HeldOut,
     sizes = {"batch_size": config.micro_batch_size, "most_targets": config.eval_tokens}
     found = evaluate(step, params, task, data, **sizes, progress=progress)
     assert found is not None  # nothing stops it
-    return found, int(found.token_counts @ bytes_of_tokens(data.tokenizer))
+    text_bytes = int(found.token_counts @ bytes_of_tokens(data.tokenizer))
+    bits = found.bits_per_byte(text_bytes)
+    numbers = {"loss": found.loss, "perplexity": found.perplexity}
+    numbers |= {"bits_per_byte": bits, "targets": found.targets, "text_bytes": text_bytes}
+    text = (
+        f"loss {found.loss:.4f} nats a token, perplexity {found.perplexity:.2f}, "
+        f"{bits:.4f} bits per byte, over {format_count(found.targets)} tokens and "
+        f"{format_count(text_bytes)} bytes of held-out text"
+    )
+    return numbers, text
 
 
 if __name__ == "__main__":

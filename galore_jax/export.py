@@ -7,7 +7,8 @@ r"""Writes a checkpoint of a run as a Hugging Face folder, tokenizer included.
 flags:
   --workdir=RUN           the --workdir of train.py
   --to=FOLDER             a folder that does not exist yet; it appears when it is complete
-  --step=N                the checkpoint of that step; default: the newest
+  --step=N                the checkpoint of that step; default: the best one of a run on GLUE's
+                          tasks, else the newest
   --dtype=float32|float16|bfloat16
                           of the weights; default: as they were trained, and of int8 weights as they
                           entered products
@@ -22,7 +23,7 @@ import jax
 from galore_jax.command import Flags, run_command
 from galore_jax.errors import UserError
 from galore_jax.int8_kernels import is_int8
-from galore_jax.models import huggingface
+from galore_jax.models.architectures import architecture_of
 from galore_jax.models.llama import count_params
 from galore_jax.training.saved_run import open_run
 
@@ -47,7 +48,7 @@ def _run(arguments: list[str]) -> None:
     params = run.params
     if given.dtype is not None:
         params = jax.tree.map(lambda leaf: leaf.astype(given.dtype), params, is_leaf=is_int8)
-    huggingface.save(given.to, run.model, params, run.tokenizer)
+    architecture_of(run.model).save(given.to, run.model, params, run.tokenizer)
     millions = count_params(params) / 1e6
     print(f"written: {given.to}, {millions:,.2f}M parameters after update {run.step}")
 

@@ -34,6 +34,7 @@ import jax
 import jax.numpy as jnp
 
 from galore_jax.command import Flags, run_command
+from galore_jax.data.sentence_tokenizer import SentenceTokenizer
 from galore_jax.data.tokenizer import TextStream
 from galore_jax.errors import UserError
 from galore_jax.models.config import LlamaConfig
@@ -68,6 +69,10 @@ def _run(arguments: list[str]) -> None:
     sampling = Sampling(given.temperature, given.top_k, given.top_p, given.seed)
     ids = None if given.ids is None else _parse_ids(given.ids)
     opened = open_model(given.model, given.step, dtype=given.dtype, tokenizer=ids is None)
+    if not isinstance(opened.config, LlamaConfig) or isinstance(
+        opened.tokenizer, SentenceTokenizer
+    ):
+        raise UserError(f"{given.model} labels sentences; it cannot continue a text")
     if opened.tokenizer is None:
         prompt, begin = ids or [], given.ids
         add, end = ",{}".format, str

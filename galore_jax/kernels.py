@@ -88,6 +88,22 @@ class ProjectedKernel:
         return _projected_product(self.gradient.side, out_dtype, x, kernel, projector, variable)
 
 
+@functools.partial(jax.tree_util.register_dataclass, data_fields=["array"], meta_fields=[])
+@dataclasses.dataclass(frozen=True)
+class Frozen:
+    """A weight that is not trained, in its place among the params.
+
+    Attributes:
+      array: the weight; ``optax.MaskedNode()`` where only what is trained is wanted.
+    """
+
+    array: Any
+
+    def matmul(self, x: jax.Array, out_dtype: jax.typing.DTypeLike | None) -> jax.Array:
+        """Multiplies ``(T, m)`` by the (m, n) kernel."""
+        return _product(x, jax.lax.stop_gradient(self.array), out_dtype)
+
+
 def is_projected_kernel(node: Any) -> bool:
     """Tells whether a node of a tree is a ``ProjectedKernel``, for ``is_leaf``.
 

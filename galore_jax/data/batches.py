@@ -11,9 +11,10 @@ from typing import Any, ClassVar
 
 import numpy as np
 
-from galore_jax.data.c4 import check_tfds, find_c4
+from galore_jax.data.c4 import find_c4
 from galore_jax.data.packing import IGNORED, document_row, packed_rows
 from galore_jax.data.sample import prepare_sample
+from galore_jax.data.tfds_folders import check_tfds
 from galore_jax.data.tokenizer import open_tokenizer
 from galore_jax.errors import UserError
 
@@ -92,7 +93,7 @@ class TextData:
     def train_batches(self, *, batch_size: int, seed: int) -> "Batches":
         """Gives batches without end, each epoch in an order of its own, read ahead by a thread."""
         seed %= 2**32  # as Grain's shuffle wants it
-        return Batches(lambda state: _read_ahead(self._batches("train", batch_size, seed, state)))
+        return Batches(lambda state: read_ahead(self._batches("train", batch_size, seed, state)))
 
     def eval_batches(self, *, batch_size: int) -> "Batches":
         """Gives the held-out split once, in order; the last batch is filled with rows of -1.
@@ -174,7 +175,7 @@ def _close_all() -> None:
         stream.close()
 
 
-def _read_ahead(stream: _Stream, *, count: int = 4) -> _Stream:
+def read_ahead(stream: _Stream, *, count: int = 4) -> _Stream:
     """Yields what ``stream`` does, which a thread reads up to ``count`` ahead, until closed."""
     buffer: queue.Queue[Any] = queue.Queue(count)
     stop = threading.Event()

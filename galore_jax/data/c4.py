@@ -6,7 +6,6 @@ Each yields texts with the place after each, integers from which it goes on exac
 import bisect
 import functools
 import itertools
-import re
 import time
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -17,6 +16,7 @@ import tensorflow_datasets as tfds
 
 from galore_jax.data import shards
 from galore_jax.data.shards import Shards
+from galore_jax.data.tfds_folders import newest_version
 from galore_jax.errors import UserError
 
 _SPLITS = ("validation", "train")
@@ -27,15 +27,6 @@ _HOW_TO = (
     "shards there, and give that folder as --config.data.data_dir=DIR; or use the offline sample, "
     "--config=configs/sample.py"
 )
-
-
-def check_tfds() -> None:
-    """Raises a UserError where tensorflow_datasets failed to import whole, which can be silent."""
-    if not hasattr(tfds, "data_source"):
-        raise UserError(
-            "tensorflow_datasets did not import whole, as with protobuf 5 beside a newer "
-            "tensorflow-metadata; pip install -U protobuf tensorflow-metadata"
-        )
 
 
 def find_c4(data_dir: str | Path | None) -> "RandomAccess | Shards":
@@ -60,13 +51,8 @@ def find_c4(data_dir: str | Path | None) -> "RandomAccess | Shards":
 
 
 def _find(root: Path) -> "RandomAccess | Shards":
-    folders = (path.parent for path in (root / "c4" / "en").glob("*/dataset_info.json"))
-    prepared = sorted(
-        (path for path in folders if re.fullmatch(r"\d+\.\d+\.\d+", path.name)),
-        key=lambda path: [int(number) for number in path.name.split(".")],
-    )
-    if prepared:
-        return _open_tfds(prepared[-1])
+    if (prepared := newest_version(root / "c4" / "en")) is not None:
+        return _open_tfds(prepared)
     for folder in (root, root / "en"):
         paths = {split: sorted(folder.glob(f"c4-{split}.*.json.gz")) for split in _SPLITS}
         if any(paths.values()):

@@ -12,7 +12,6 @@ import importlib.resources
 import importlib.util
 import itertools
 import json
-import os
 import random
 import re
 import shutil
@@ -20,11 +19,12 @@ import tempfile
 import time
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
 import tensorflow_datasets as tfds
-from array_record.python.array_record_module import ArrayRecordWriter
 
+from galore_jax.data.fetched import cache_folder
+from galore_jax.data.tfds_folders import write_tfds
 from galore_jax.data.tokenizer import train_tokenizer
 from galore_jax.errors import UserError
 
@@ -52,7 +52,7 @@ def prepare_sample() -> tuple[Path, Path]:
             "pip install 'galore-jax[sample]'"
         )
     version = importlib.metadata.version("botocore")
-    cache = Path(os.environ.get("GALORE_JAX_CACHE", "~/.cache/galore_jax")).expanduser()
+    cache = cache_folder()
     folder = cache / f"sample-{_FORMAT}-botocore-{version}"
     if not folder.exists():
         print(f"building the sample corpus in {folder} (once, some seconds)", flush=True)
@@ -73,10 +73,23 @@ def _build(folder: Path) -> int:
     partial = Path(tempfile.mkdtemp(prefix=folder.name + ".partial-", dir=folder.parent))
     try:
         documents = _documents(Path(str(importlib.resources.files("botocore"))) / "data")
-        _write_tfds(partial / "c4" / "en" / VERSION, documents)
+        texts = {
+            split: [
+                {**dict.fromkeys(_KEYS, ""), "text": x, "content-length": str(len(x))} for x in xs
+            ]
+            for split, xs in documents.items()
+        }
+        write_tfds(
+            partial / "c4" / "en" / VERSION,
+            texts,
+            features=tfds.features.FeaturesDict({key: tfds.features.Text() for key in _KEYS}),
+            module="tensorflow_datasets.text.c4",
+            description="Documentation strings of botocore.",
+        )
         every = max(1, len(documents["train"]) // _TOKENIZER_TEXTS)
-        texts = iter(documents["train"][::every])
-        train_tokenizer(texts, partial / "tokenizer.model", vocab_size=VOCAB_SIZE)
+        train_tokenizer(
+            iter(documents["train"][::every]), partial / "tokenizer.model", vocab_size=VOCAB_SIZE
+        )
         try:
             partial.rename(folder)
         except OSError:
@@ -111,20 +124,29 @@ def _documents(root: Path) -> dict[str, list[str]]:
 
 def _without_near_duplicates(held_out: list[list[str]], train: list[list[str]]) -> list[list[str]]:
     """Drops each held-out paragraph with more than half of its 8-word sequences in ``train``."""
-    grams = {gram for paragraph in itertools.chain(*held_out) for gram in _grams(paragraph)}
-    shared = grams.intersection(
-        gram for paragraph in itertools.chain(*train) for gram in _grams(paragraph)
-    )
-
-    def is_new(paragraph: str) -> bool:
-        grams = _grams(paragraph)
-        return sum(gram in shared for gram in grams) <= len(grams) / 2
-
-    return [[paragraph for paragraph in service if is_new(paragraph)] for service in held_out]
+    paragraphs = list(itertools.chain(*held_out))
+    shared = iter(shares_most(paragraphs, list(itertools.chain(*train)), words=8))
+    return [[paragraph for paragraph in service if not next(shared)] for service in held_out]
 
 
-def _grams(paragraph: str, words: int = 8) -> list[tuple[str, ...]]:
-    split = paragraph.split()
+def shares_most(texts: list[str], others: list[str], *, words: int) -> list[bool]:
+    """Tells of each text whether more than half of its sequences of words occur in the others.
+
+    >>> shares_most(["a b c", "d e f"], ["b c a b c"], words=2)
+    [True, False]
+    """
+    grams = {gram for text in texts for gram in _grams(text, words)}
+    shared = grams.intersection(gram for text in others for gram in _grams(text, words))
+
+    def is_shared(text: str) -> bool:
+        grams = _grams(text, words)
+        return sum(gram in shared for gram in grams) > len(grams) / 2
+
+    return [is_shared(text) for text in texts]
+
+
+def _grams(text: str, words: int) -> list[tuple[str, ...]]:
+    split = text.split()
     return [tuple(split[i : i + words]) for i in range(max(1, len(split) - words + 1))]
 
 
@@ -173,35 +195,3 @@ def _packed(paragraphs: list[str]) -> Iterator[str]:
             document = []
     if document:
         yield "\n".join(document)
-
-
-def _write_tfds(folder: Path, documents: dict[str, list[str]]) -> None:
-    """Writes array_record shards and TFDS's description of them, without TensorFlow."""
-    # Here and not above: they fail where tensorflow_datasets did not import whole.
-    from tensorflow_datasets.core import dataset_info
-    from tensorflow_datasets.core import splits as splits_lib
-
-    folder.mkdir(parents=True)
-    features = tfds.features.FeaturesDict({key: tfds.features.Text() for key in _KEYS})
-    module, version = "tensorflow_datasets.text.c4", tfds.core.Version(VERSION)
-    identity = dataset_info.DatasetIdentity("c4", version, str(folder), module, config_name="en")
-    description = "Documentation strings of botocore."
-    info = tfds.core.DatasetInfo(builder=identity, features=features, description=description)
-    info.set_file_format("array_record")
-    splits = []
-    for split, texts in documents.items():
-        template = tfds.core.ShardedFileTemplate(
-            cast(Any, folder), dataset_name="c4", split=split, filetype_suffix="array_record"
-        )
-        path = template.sharded_filepath(shard_index=0, num_shards=1)
-        writer = ArrayRecordWriter(str(path), "group_size:1")
-        written = 0
-        for text in texts:
-            example = {**dict.fromkeys(_KEYS, ""), "text": text, "content-length": str(len(text))}
-            record = features.serialize_example(features.encode_example(example))
-            writer.write(record)
-            written += len(record)
-        writer.close()
-        splits.append(tfds.core.SplitInfo(split, [len(texts)], written, template))
-    info.set_splits(splits_lib.SplitDict(splits))
-    info.write_to_directory(folder)

@@ -119,8 +119,14 @@ def _json_text(line: bytes, place: str) -> str:
     return text
 
 
-def read_tfrecords(path: Path, position: int, *, features: Any) -> _Records:
-    """Reads a TFRecord shard from byte ``position`` on; UserErrors say where it is damaged."""
+def read_tfrecords(
+    path: Path, position: int, *, features: Any, take: Callable[[Any], Any] | None = None
+) -> Generator[tuple[Any, int], None, None]:
+    """Reads a TFRecord shard from byte ``position`` on; UserErrors say where it is damaged.
+
+    ``take`` makes of one of TFDS's examples what is yielded; by default its text.
+    """
+    take = take or example_text
     try:
         with path.open("rb") as file:
             size = os.fstat(file.fileno()).st_size
@@ -133,7 +139,7 @@ def read_tfrecords(path: Path, position: int, *, features: Any) -> _Records:
                 if len(header) < 12 or end > size:
                     raise EOFError("the file ends within a record")
                 record = file.read(end - position - 12)[:-4]
-                yield example_text(features.deserialize_example_np(record)), end
+                yield take(features.deserialize_example_np(record)), end
                 position = end
     except (EOFError, *BAD_RECORD) as error:
         raise UserError(

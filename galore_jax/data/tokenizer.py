@@ -21,7 +21,7 @@ _JSON = "tokenizer.json"
 _MODELS = ("tokenizer.model", "spiece.model", "spm.model")  # SentencePiece, by its usual names
 _CONFIG = "tokenizer_config.json"
 # Files that say more about a tokenizer, and go with it.
-_BESIDE = (_CONFIG, "special_tokens_map.json", "chat_template.jinja")
+BESIDE = (_CONFIG, "special_tokens_map.json", "chat_template.jinja")
 
 _BYTE_PIECE = re.compile("<0x[0-9A-Fa-f]{2}>")
 _CONTEXT = 8  # ids before a piece of text with which it is decoded
@@ -231,16 +231,7 @@ class JsonTokenizer(Tokenizer):
         return "ByteLevel" in json.dumps(json.loads(self._tokenizer.to_str())["decoder"])
 
     def _special(self, kind: str) -> int | None:
-        """Finds the id of the begin, end or padding token."""
-        for name in _BESIDE[:2]:
-            token = _read_json(self._path.with_name(name)).get(f"{kind}_token")
-            token = token.get("content") if isinstance(token, dict) else token
-            found = self._tokenizer.token_to_id(token) if isinstance(token, str) else None
-            if found is not None:
-                return found
-        found = _read_json(self._path.with_name("config.json")).get(f"{kind}_token_id")
-        found = found[0] if isinstance(found, list) and found else found
-        return found if isinstance(found, int) and 0 <= found < self.vocab_size else None
+        return special_token(self._path, self._tokenizer, kind)
 
     def _encode(self, text: str) -> list[int]:
         ids = self._tokenizer.encode(text).ids
@@ -248,6 +239,20 @@ class JsonTokenizer(Tokenizer):
 
     def _decode(self, ids: list[int]) -> str:
         return self._tokenizer.decode(ids)
+
+
+def special_token(path: Path, tokenizer: tokenizers.Tokenizer, kind: str) -> int | None:
+    """Finds the id of the ``bos``, ``eos`` or ``pad`` token, from the files beside a tokenizer."""
+    for name in BESIDE[:2]:
+        token = _read_json(path.with_name(name)).get(f"{kind}_token")
+        token = token.get("content") if isinstance(token, dict) else token
+        found = tokenizer.token_to_id(token) if isinstance(token, str) else None
+        if found is not None:
+            return found
+    found = _read_json(path.with_name("config.json")).get(f"{kind}_token_id")
+    found = found[0] if isinstance(found, list) and found else found
+    size = max(tokenizer.get_vocab().values()) + 1
+    return found if isinstance(found, int) and 0 <= found < size else None
 
 
 def _piece_bytes(piece: str) -> int:
@@ -274,7 +279,7 @@ def _write_config(folder: Path, special: dict[str, str | None]) -> None:
 
 
 def _copy_beside(path: Path, folder: Path) -> None:
-    for name in _BESIDE:
+    for name in BESIDE:
         if path.with_name(name).is_file():
             shutil.copyfile(path.with_name(name), folder / name)
 

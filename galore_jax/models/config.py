@@ -116,7 +116,7 @@ class LlamaConfig:
             if name == "param_dtype" and _is_int8(dtype):
                 object.__setattr__(self, name, jnp.dtype(jnp.int8))
                 continue
-            object.__setattr__(self, name, _floating_dtype(name, dtype))
+            object.__setattr__(self, name, floating_dtype(name, dtype))
         sizes = ("hidden_size", "intermediate_size", "num_layers", "num_heads", "vocab_size")
         optional = ("num_kv_heads", "head_dim", "max_positions")
         for name in (*sizes, *optional, "loss_chunk_tokens"):
@@ -185,7 +185,8 @@ def _is_positive(value: Any) -> bool:
     return isinstance(value, int | float) and not isinstance(value, bool) and value > 0
 
 
-def _floating_dtype(name: str, dtype: Any) -> jnp.dtype:
+def floating_dtype(name: str, dtype: Any) -> jnp.dtype:
+    """Resolves a dtype; ``name`` is what a UserError calls it if it is no floating one."""
     try:
         resolved = jnp.dtype(dtype)
     except TypeError:

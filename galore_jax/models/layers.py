@@ -7,7 +7,7 @@ import jax.numpy as jnp
 from flax import nnx
 
 from galore_jax.int8_kernels import Per, encode
-from galore_jax.kernels import linear
+from galore_jax.kernels import Frozen, linear
 from galore_jax.models.config import LlamaConfig
 from galore_jax.models.embedding import embed
 
@@ -25,7 +25,8 @@ def _normal(
 def value_of(variable: nnx.Variable) -> Any:
     """Returns the array of a variable, or what stands in for it."""
     # Flax 0.12 deprecates `.value`; 0.11 has nothing else that also gives a pytree.
-    return variable.get_value() if hasattr(nnx.Variable, "get_value") else variable.value
+    value = variable.get_value() if hasattr(nnx.Variable, "get_value") else variable.value
+    return jax.lax.stop_gradient(value.array) if isinstance(value, Frozen) else value
 
 
 class Embedding(nnx.Module):

@@ -12,6 +12,9 @@ LAYERS = f"^{BLOCKS}/"  # the paths of the leaves whose first axis indexes layer
 # The paths of the leaves that a model only ever multiplies by galore_jax.linear, a layer at a time.
 KERNELS = f"^{BLOCKS}/.*/kernel$"
 
+# The key under which a batch that is trained on may have a PRNG key, for models that drop.
+DROPOUT_KEY = "dropout_key"
+
 
 class Stage(NamedTuple):
     """A piece of a model.

@@ -2,6 +2,7 @@
 
 import json
 import math
+import re
 import struct
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
@@ -33,8 +34,8 @@ class TensorFiles:
       specs: shape and dtype of each tensor, by its name.
     """
 
-    def __init__(self, folder: Path):
-        """Reads the headers of the files.
+    def __init__(self, folder: Path, *, ignored: str | None = None):
+        """Reads the headers of the files; tensors whose names match ``ignored`` do not count.
 
         Raises:
           UserError: no such files, one that is damaged or cut short, files and index that differ,
@@ -45,12 +46,12 @@ class TensorFiles:
         index = _read_index(folder)
         for file in sorted(set(index.values())) if index is not None else [SINGLE]:
             path = folder / file
-            for name, (spec, offset) in _read_header(path).items():
+            for name, (spec, offset) in _read_header(path, ignored).items():
                 if index is not None and index.get(name) != file:
                     raise UserError(f"{path} has a tensor {name} that {INDEX} does not place there")
                 self._places[name], self.specs[name] = (path, offset), spec
         for name, file in (index or {}).items():
-            if name not in self.specs:
+            if name not in self.specs and not (ignored and re.fullmatch(ignored, name)):
                 raise UserError(
                     f"{folder / file} lacks the tensor {name} that {INDEX} places there"
                 )
@@ -178,7 +179,7 @@ def _read_index(folder: Path) -> dict[str, str] | None:
     return index
 
 
-def _read_header(path: Path) -> dict[str, tuple[TensorSpec, int]]:
+def _read_header(path: Path, ignored: str | None) -> dict[str, tuple[TensorSpec, int]]:
     """Reads shape, dtype and place of every tensor of a file."""
     if not path.is_file():
         raise UserError(f"{path.parent} lacks {path.name}, which its index names")
@@ -193,7 +194,7 @@ def _read_header(path: Path) -> dict[str, tuple[TensorSpec, int]]:
         raise UserError(f"{path} is no whole safetensors file: {reason}") from error
     found = {}
     for name, entry in header.items():
-        if name == "__metadata__":
+        if name == "__metadata__" or (ignored and re.fullmatch(ignored, name)):
             continue
         if entry["dtype"] not in DTYPES or not entry["shape"]:
             raise UserError(

@@ -199,9 +199,11 @@ def _override(config: Any, key: str, text: str, configs: Path) -> None:
                 value = wanted(value)
             elif wanted is tuple:
                 value = tuple(value) if isinstance(value, list | tuple) else (value,)
-            elif wanted is object and isinstance(value, dict):  # galore.rank, by patterns
+            elif isinstance(value, dict):
                 value = tuple(value.items())
-        if value is not None and type(value) is not wanted and wanted is not object:
+        # galore.rank: a number, or pairs of patterns and numbers
+        allowed = (int, tuple) if wanted is object else (wanted,)
+        if value is not None and type(value) not in allowed:
             raise ValueError
     except (ValueError, SyntaxError, TypeError) as error:
         raise UserError(

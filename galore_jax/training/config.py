@@ -8,6 +8,7 @@ from typing import Any
 
 import jax
 
+from galore_jax.data.glue_tasks import TASKS
 from galore_jax.errors import UserError, check_rank
 from galore_jax.projection import PROJ_TYPES
 from galore_jax.projectors import PROJECTOR_METHODS
@@ -18,7 +19,12 @@ from galore_jax.weights import path_filter, rank_by_pattern
 Config = Any  # an ml_collections.ConfigDict with the keys of configs/base.py
 
 METHODS = ("galore", "galore_muon", "full", "lora", "relora", "low_rank")
-# Keys of config.model that are not a model's own, but of how it computes or would be drawn.
+LANGUAGE_MODELLING = "language_modelling"
+# Keys of config.encoder and config.model that are not a model's own, but of how it computes, is
+# trained or would be drawn.
+OWN_ENCODER_KEYS = frozenset(
+    {"hidden_dropout", "attention_dropout", "classifier_dropout", "init_std"}
+)
 OWN_MODEL_KEYS = frozenset({"attention_implementation", "loss_chunk_tokens", "init_std"})
 _AT_LEAST_ONE = (
     "train_steps",
@@ -54,7 +60,7 @@ _CHOICES = {
     "dtype": _DTYPES,
     "param_dtype": (*_DTYPES, "int8"),
     "method": METHODS,
-    "data.name": ("c4", "sample"),
+    "schedule.decay": ("cosine", "linear"),
     "galore.proj_type": PROJ_TYPES,
     "galore.projector": PROJECTOR_METHODS,
     "galore.projector_bits": (None, 8, 4),
@@ -88,6 +94,23 @@ def check_config(config: Config) -> None:
     for key in ("optimizer.b1", "optimizer.b2"):
         require(key, "at least 0 and less than 1", lambda x: x is None or 0 <= x < 1)
     require("muon.beta", "at least 0 and less than 1", lambda x: x is not None and 0 <= x < 1)
+    tasks = (LANGUAGE_MODELLING, *TASKS)
+    near = difflib.get_close_matches(str(config.task), tasks, n=1)
+    hint = f"; did you mean {near[0]}?" if near else ""
+    require("task", " or ".join(tasks) + hint, tasks.__contains__)
+    names = ("glue", "reviews") if is_sentence_task(config) else ("c4", "sample")
+    require(
+        "data.name",
+        f"{' or '.join(names)} with config.task={config.task!r}",
+        names.__contains__,
+    )
+    require(
+        "data.packing",
+        f"False with config.task={config.task!r}",
+        lambda x: not (x and is_sentence_task(config)),
+    )
+    for key in ("train_epochs", "eval_every_epochs"):
+        require(key, "greater than 0, or None", lambda x: x is None or x > 0)
     require("data.seq_len", "at least 2: a token and the one it predicts", lambda x: x >= 2)
     for key in _POSITIVE:
         require(key, "greater than 0", lambda x: x is None or x > 0)
@@ -187,6 +210,8 @@ def galore_rank(config: Config) -> int | dict[str, int | None]:
     {'q_proj': 32, '': 64}
     """
     rank = config.galore.rank
+    if isinstance(rank, int) and rank < 1:
+        raise UserError(f"config.galore.rank={rank!r} must be at least 1")
     try:
         if hasattr(rank, "items"):
             rank = dict(rank.items())
@@ -199,6 +224,11 @@ def galore_rank(config: Config) -> int | dict[str, int | None]:
             f"expression and such an int: {error}"
         ) from error
     return rank
+
+
+def is_sentence_task(config: Config) -> bool:
+    """Tells whether the task is one of sentences; configs of older runs name no task."""
+    return config.get("task", LANGUAGE_MODELLING) != LANGUAGE_MODELLING
 
 
 def uses_galore(config: Config) -> bool:

@@ -11,7 +11,7 @@ import numpy as np
 from galore_jax.data.batches import TextData
 from galore_jax.data.tokenizer import Tokenizer
 from galore_jax.errors import UserError
-from galore_jax.training.tasks import Task, perplexity
+from galore_jax.training.tasks import Task
 
 
 @dataclasses.dataclass(frozen=True)
@@ -90,6 +90,18 @@ def evaluate(
     if not counted:
         raise UserError(f"the held-out part of {data.source} has nothing to predict")
     return HeldOut(math.fsum(jax.device_get(total)) / counted, counted, token_counts)
+
+
+def perplexity(loss: float) -> float:
+    """Returns the exponential of a loss in nats; infinite where that overflows.
+
+    >>> perplexity(0.0), perplexity(1e3)
+    (1.0, inf)
+    """
+    try:
+        return math.exp(loss)
+    except OverflowError:
+        return math.inf
 
 
 def bytes_of_tokens(tokenizer: Tokenizer) -> np.ndarray:

@@ -2,36 +2,33 @@
 
 import dataclasses
 import functools
-from pathlib import Path
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import optax
 
-from galore_jax.adapters import add_lora, factorize, trainable
-from galore_jax.data.batches import DataConfig
+from galore_jax.adapters import add_lora, factorize, freeze_rest, trainable
 from galore_jax.errors import UserError
 from galore_jax.int8_kernels import decoded, float_variables
 from galore_jax.lazy_refresh import times_in
 from galore_jax.memory.count import tree_bytes
-from galore_jax.models import huggingface, llama
-from galore_jax.models.config import LlamaConfig, RopeScaling
-from galore_jax.models.huggingface_config import read_config
+from galore_jax.models.architectures import ModelConfig, architecture_of
+from galore_jax.models.encoder_config import EncoderConfig
 from galore_jax.models.stages import BLOCKS, LAYERS, Stages
 from galore_jax.per_layer import is_leafwise
 from galore_jax.training.config import (
-    OWN_MODEL_KEYS,
     Config,
     check_config,
     galore_rank,
     target_modules,
     uses_galore,
 )
+from galore_jax.training.from_config import make_task, model_config, resolve
 from galore_jax.training.layerwise import make_layerwise_step
 from galore_jax.training.optimizer import make_optimizer, make_schedule, uses_matrices
 from galore_jax.training.step import Mode, Step, TrainState, make_train_step
-from galore_jax.training.tasks import Batch, LanguageModelling, Task
+from galore_jax.training.tasks import Batch, Task
 from galore_jax.weights import projection_mask
 
 
@@ -51,7 +48,7 @@ class Experiment:
     """
 
     config: Config
-    model: LlamaConfig
+    model: ModelConfig
     task: Task
     schedule: optax.Schedule
     optimizer: optax.GradientTransformationExtraArgs
@@ -61,11 +58,11 @@ class Experiment:
     @functools.cached_property
     def stages(self) -> Stages:
         """Returns the model as pure functions."""
-        return llama.stages(self.model)
+        return architecture_of(self.model).stages(self.model)
 
     def init(self, key: jax.Array) -> TrainState:
         """Makes the state before the first update; a pure function for ``jax.jit``."""
-        _, params = llama.init_params(self.model, key)
+        _, params = architecture_of(self.model).init_params(self.model, key)
         return self._start(params, key)
 
     def _start(self, params: Any, key: jax.Array) -> TrainState:
@@ -82,11 +79,7 @@ class Experiment:
         key = jax.random.key(self.config.seed)
         if self.config.init_from is None:
             return jax.jit(self.init)(key)
-        _, params = huggingface.load(
-            self.config.init_from,
-            self.model.float_dtype,
-            int8=self.model.param_dtype == jnp.int8,
-        )
+        params = architecture_of(self.model).load(self.config.init_from, self.model, key)
         return jax.jit(self._start, donate_argnums=0)(params, key)
 
     def abstract_state(self) -> TrainState:
@@ -176,8 +169,7 @@ def make_experiment(config: Config) -> Experiment:
     rank = galore_rank(config)
     if isinstance(rank, dict):  # a ConfigDict copies no dict whose keys have dots
         config.galore.rank = tuple(rank.items())
-    if config.init_from is not None:
-        config = _with_sizes_of(Path(config.init_from).expanduser(), config)
+    config = resolve(config)
     model = model_config(config)
     task = make_task(config, model)
     projected = config.projected_gradients
@@ -193,7 +185,7 @@ def make_experiment(config: Config) -> Experiment:
         micro_batches=config.batch_size // config.micro_batch_size,
         refresh_from=config.galore.refresh_from,
         rounding=config.param_rounding or ("stochastic" if is_int8 else "nearest"),
-        dropout_seed=config.seed if _drops(config) else None,
+        dropout_seed=config.seed if _drops(config, model) else None,
         prune_ratio=config.relora.prune_ratio if config.method == "relora" else None,
     )
     schedule = make_schedule(config)
@@ -203,28 +195,16 @@ def make_experiment(config: Config) -> Experiment:
     experiment.abstract_state()
     if mode.updates == "standard":
         return experiment
+    if not experiment.stages.block:
+        raise UserError(
+            "config.updates='layerwise' is for LLaMA: an encoder's blocks also read the padding of "
+            "the batch; give --config.updates=standard"
+        )
     side_by_side = not projected or _inputs_are_smaller_than_sums(experiment)
     return dataclasses.replace(
         experiment,
         layer_optimizer=_layer_optimizer(experiment),
         mode=dataclasses.replace(mode, side_by_side=side_by_side),
-    )
-
-
-def model_config(config: Config) -> LlamaConfig:
-    """Makes the model that a config describes.
-
-    Raises:
-      UserError: sizes that do not fit together, or an unknown dtype.
-    """
-    model = config.model.to_dict()
-    scaling = model.pop("rope_scaling", None)  # which configs of older runs lack
-    return LlamaConfig(
-        **model,
-        rope_scaling=scaling and RopeScaling(*scaling),
-        dtype=config.dtype,
-        param_dtype=config.param_dtype,
-        remat=config.remat,
     )
 
 
@@ -238,41 +218,17 @@ def with_adapters(config: Config, params: Any, key: jax.Array) -> Any:
     options["stacked_modules"] = LAYERS
     if config.method in ("lora", "relora"):
         more = {"alpha": config.lora.alpha, "dropout": config.lora.dropout}
-        return add_lora(params, key, **options, **more)
+        params = add_lora(params, key, **options, **more)
+        if config.lora.train_rest is None:
+            return params
+        return freeze_rest(params, tuple(config.lora.train_rest))
     return factorize(params, key, **options) if config.method == "low_rank" else params
 
 
-def _drops(config: Config) -> bool:
+def _drops(config: Config, model: ModelConfig) -> bool:
+    if isinstance(model, EncoderConfig) and model.drops:
+        return True
     return config.method in ("lora", "relora") and config.lora.dropout > 0
-
-
-def make_task(config: Config, model: LlamaConfig) -> Task:
-    """Makes the task that a config describes, for a model.
-
-    Raises:
-      UserError: rows longer than the model's positions.
-    """
-    most = model.max_positions
-    if most is not None and config.data.seq_len > most:
-        raise UserError(
-            f"config.data.seq_len={config.data.seq_len} must be at most {most}, the positions of "
-            "the model"
-        )
-    data = DataConfig(**config.data.to_dict())
-    return LanguageModelling(data, model.vocab_size, model.loss_chunk_tokens)
-
-
-def _with_sizes_of(folder: Path, config: Config) -> Config:
-    """Returns a config with the model's sizes, and perhaps the tokenizer, of a folder."""
-    config = config.copy_and_resolve_references()
-    sizes = dataclasses.asdict(read_config(folder))
-    if sizes["rope_scaling"] is not None:
-        sizes["rope_scaling"] = tuple(sizes["rope_scaling"].values())
-    for key in set(config.model) - OWN_MODEL_KEYS:
-        config.model[key] = sizes[key]
-    if config.data.tokenizer is None:
-        config.data.tokenizer = str(folder)
-    return config
 
 
 def step_name(refresh: bool) -> str:

@@ -8,20 +8,22 @@ from typing import Any, NoReturn
 import jax
 import numpy as np
 
-from galore_jax.data.batches import Batches, TextData
+from galore_jax.data.batches import Batches
 from galore_jax.errors import UserError
 from galore_jax.memory import compiled_plan, memory_table
 from galore_jax.memory.fit import check_fit, compile_steps
+from galore_jax.training.best import Best
 from galore_jax.training.checkpoints import Checkpoints, Restored
 from galore_jax.training.config import Config
-from galore_jax.training.evaluation import evaluate
 from galore_jax.training.experiment import Experiment, make_experiment, step_name
+from galore_jax.training.from_config import count_updates
 from galore_jax.training.metrics import MetricsLog, write_run_record
 from galore_jax.training.progress import Progress, format_count, format_duration
+from galore_jax.training.shapes import OnShapes
 from galore_jax.training.signals import StopRequest
 from galore_jax.training.step import NORMS, REFRESHES, TrainState, all_finite, make_eval_step
 from galore_jax.training.summary import summary
-from galore_jax.training.tasks import perplexity
+from galore_jax.training.tasks import Data, Evaluation
 from galore_jax.training.workdir import check_writable, claim, config_json, keep_tokenizer
 
 
@@ -39,7 +41,7 @@ def train(config: Config, workdir: Path) -> None:
     Raises:
       UserError: anything the user can put right; what the workdir held before is untouched.
     """
-    experiment = make_experiment(config)
+    experiment = make_experiment(count_updates(config))
     config = experiment.config  # with the sizes of config.init_from
     with StopRequest() as stop:
         data = experiment.task.open_data()
@@ -88,7 +90,7 @@ class _Run:
     def __init__(
         self,
         experiment: Experiment,
-        data: TextData,
+        data: Data,
         batches: Batches,
         saved: Checkpoints,
         stop: StopRequest,
@@ -99,7 +101,8 @@ class _Run:
         self.tokens = 0
         self.seconds = 0.0
         self.loss = math.nan
-        self.eval_loss = math.nan
+        self.evaluation: Evaluation | None = None
+        self.best = Best(saved.directory.with_name("best"), experiment.task.keeps_best)
         self.owes_evaluation = True  # of step 0
 
     def compile(self) -> None:
@@ -108,20 +111,23 @@ class _Run:
         state = experiment.abstract_state()
         print("compiling", flush=True)
 
-        batch = experiment.abstract_batch(config.batch_size)
-        lowered = {
-            refresh: jax.jit(step, donate_argnums=0).lower(state, batch)
+        steps = {
+            refresh: jax.jit(step, donate_argnums=0)
             for refresh, step in experiment.train_steps().items()
         }
-        self.train_steps = compile_steps(config, lowered)
-        eval_step = jax.jit(make_eval_step(experiment.stages, experiment.task))
+        batch = experiment.abstract_batch(config.batch_size)
+        lowered = {refresh: step.lower(state, batch) for refresh, step in steps.items()}
+        compiled = compile_steps(config, lowered)
+        self.train_steps = {
+            refresh: OnShapes(step, batch, compiled[refresh]) for refresh, step in steps.items()
+        }
+        judge = jax.jit(make_eval_step(experiment.stages, experiment.task))
         batch = experiment.abstract_batch(config.micro_batch_size)
-        self.eval_step = eval_step.lower(state.params, batch).compile()
+        self.judge = OnShapes(judge, batch, judge.lower(state.params, batch).compile())
         self.all_finite = jax.jit(all_finite)
         device = jax.local_devices()[0].device_kind
         plans = {
-            step_name(refresh): compiled_plan(step, device)
-            for refresh, step in self.train_steps.items()
+            step_name(refresh): compiled_plan(step, device) for refresh, step in compiled.items()
         }
         print(memory_table(state.params, state.opt_state, experiment.gradient_bytes(), plans))
         self.planned_memory = check_fit(config, plans)
@@ -134,6 +140,7 @@ class _Run:
         self.tokens, self.seconds = restored.data["tokens"], restored.data["seconds"]
         self.owes_evaluation = restored.data["owes_evaluation"]
         self.batches.set_state(restored.data["batches"])
+        self.best.resume(restored.data.get("best"))
         return restored.state
 
     def train(self, state: TrainState, metrics: MetricsLog, progress: Progress) -> None:
@@ -207,10 +214,9 @@ class _Run:
         """Writes the mean loss over held-out targets, which count alike whatever their batch."""
         self.owes_evaluation = True
         is_last = self.step >= self.config.train_steps
-        found = evaluate(
-            self.eval_step,
+        found = self.experiment.task.evaluate(
+            self.judge,
             state.params,
-            self.experiment.task,
             self.data,
             batch_size=self.config.micro_batch_size,
             most_targets=self.config.eval_tokens,
@@ -218,16 +224,12 @@ class _Run:
         )
         if found is None:
             return
-        self.eval_loss = found.loss
-        if not math.isfinite(self.eval_loss):
-            self._diverged(f"eval loss {self.eval_loss}")
-        evaluation = self.experiment.task.evaluation(found.loss, found.targets)
-        metrics.write({"step": self.step, **evaluation})
-        progress.message(
-            f"step {self.step}: eval loss {self.eval_loss:.4f}, "
-            f"perplexity {found.perplexity:.2f} "
-            f"over {format_count(found.targets)} held-out tokens"
-        )
+        self.evaluation = found
+        if not math.isfinite(found.loss):
+            self._diverged(f"eval loss {found.loss}")
+        metrics.write({"step": self.step, **found.metrics})
+        progress.message(f"step {self.step}: {found.text} {found.over}")
+        self.best.offer(self.step, found, state)
         self.owes_evaluation = False
 
     def _save(self, state: TrainState) -> None:
@@ -236,6 +238,7 @@ class _Run:
         position = {"batches": self.batches.get_state(), "source": self.data.source}
         position |= {"tokens": self.tokens, "seconds": self.seconds}
         position["owes_evaluation"] = self.owes_evaluation
+        position["best"] = self.best.position
         self.saved.save(self.step, state, position)
 
     def _diverged(self, what: str) -> NoReturn:
@@ -257,9 +260,9 @@ class _Run:
                 f"{self.saved.directory}; run the same command again to go on"
             )
         return (
-            f"done: train loss {self.loss:.4f}, eval loss {self.eval_loss:.4f}, "
-            f"perplexity {perplexity(self.eval_loss):.2f}, {format_count(self.tokens)} tokens in "
-            f"{format_duration(self.seconds)}, checkpoint in {self.saved.directory}"
+            f"done: train loss {self.loss:.4f}, {self.evaluation.text if self.evaluation else ''}, "
+            f"{format_count(self.tokens)} tokens in {format_duration(self.seconds)}, checkpoint in "
+            f"{self.saved.directory}{self.best.last_words()}"
         )
 
 

@@ -43,27 +43,33 @@ _FIXED = {"adafactor": {"multiply_by_parameter_scale": False}}
 
 
 def make_schedule(config: Config) -> optax.Schedule:
-    """Makes a linear warm-up from 0 to the peak, then a cosine to ``final_lr_ratio`` of it.
+    """Makes a linear warm-up from 0 to the peak, then a decay to ``final_lr_ratio`` of it.
 
-    As in the paper's appendix C.1. With ReLoRA it also rises from 0 after each merge. Called with
-    the number of updates already made, so that the first update has learning rate 0 if there is any
-    warm-up.
+    The paper's pre-training decays by a cosine (appendix C.1), its fine-tuning by a line. With
+    ReLoRA the rate also rises from 0 after each merge. Called with the number of updates already
+    made, so that the first update has learning rate 0 if there is any warm-up.
     """
     schedule, warmup = config.schedule, warmup_steps(config)
-    cosine = optax.warmup_cosine_decay_schedule(
-        init_value=0.0 if warmup else schedule.peak_lr,
-        peak_value=schedule.peak_lr,
-        warmup_steps=warmup,
-        decay_steps=config.train_steps,
-        end_value=schedule.peak_lr * schedule.final_lr_ratio,
-    )
+    end = schedule.peak_lr * schedule.final_lr_ratio
+    if schedule.decay == "linear":
+        falling = optax.linear_schedule(schedule.peak_lr, end, config.train_steps - warmup)
+        rising = optax.linear_schedule(0.0, schedule.peak_lr, max(warmup, 1))
+        decay = optax.join_schedules([rising, falling], [warmup]) if warmup else falling
+    else:
+        decay = optax.warmup_cosine_decay_schedule(
+            init_value=0.0 if warmup else schedule.peak_lr,
+            peak_value=schedule.peak_lr,
+            warmup_steps=warmup,
+            decay_steps=config.train_steps,
+            end_value=end,
+        )
     if config.method != "relora":
-        return cosine
+        return decay
     merge_every, restart = config.relora.merge_every_steps, config.relora.restart_warmup_steps
 
     def restarting(count: Any) -> Any:
         rising = jnp.minimum((count % merge_every) / max(restart, 1), 1.0)
-        return cosine(count) * jnp.where(count < merge_every, 1.0, rising if restart else 1.0)
+        return decay(count) * jnp.where(count < merge_every, 1.0, rising if restart else 1.0)
 
     return restarting
 

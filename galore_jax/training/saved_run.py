@@ -1,6 +1,7 @@
 """Trained models, opened from a run's folder or from one in Hugging Face's format."""
 
 import dataclasses
+import functools
 import json
 import os
 from pathlib import Path
@@ -14,15 +15,19 @@ from ml_collections import ConfigDict
 
 from galore_jax.adapters import merge
 from galore_jax.data.sample import prepare_sample
+from galore_jax.data.sentence_tokenizer import SentenceTokenizer
 from galore_jax.data.tokenizer import Tokenizer, open_tokenizer
 from galore_jax.errors import UserError
 from galore_jax.int8_kernels import is_int8
 from galore_jax.models import huggingface
+from galore_jax.models.architectures import ModelConfig, architecture_of
 from galore_jax.models.config import LlamaConfig
-from galore_jax.models.llama import Params, check_params, init_params
+from galore_jax.models.leaf_tensors import check_shapes
+from galore_jax.models.llama import Params
 from galore_jax.training.checkpoints import Checkpoints
-from galore_jax.training.config import Config, uses_galore
-from galore_jax.training.experiment import model_config, with_adapters
+from galore_jax.training.config import Config, is_sentence_task, uses_galore
+from galore_jax.training.experiment import with_adapters
+from galore_jax.training.from_config import model_config
 from galore_jax.weights import leaf_path
 
 
@@ -41,9 +46,9 @@ class SavedRun:
 
     config: Config
     step: int
-    model: LlamaConfig
+    model: ModelConfig
     params: Params
-    tokenizer: Tokenizer | None
+    tokenizer: Tokenizer | SentenceTokenizer | None
 
 
 def is_run(folder: str | os.PathLike[str]) -> bool:
@@ -58,7 +63,8 @@ def open_run(
 
     Args:
       workdir: the run's folder. Nothing in it is changed.
-      step: which checkpoint; None for the newest intact one.
+      step: which checkpoint; None for that of the best evaluation where the run keeps one, else the
+        newest intact one.
       tokenizer: whether to open the run's tokenizer too.
 
     Raises:
@@ -66,32 +72,37 @@ def open_run(
     """
     workdir = Path(workdir).expanduser()
     config = read_run_config(workdir)
-    with Checkpoints(workdir / "checkpoints", read_only=True) as saved:
+    best = workdir / "best"
+    folder = best if step is None and best.is_dir() else workdir / "checkpoints"
+    with Checkpoints(folder, read_only=True) as saved:
         restored = saved.restore_part("params", step)
     if restored is None:
         raise UserError(f"{workdir} has no checkpoint yet")
     model = model_config(config)
-    model = dataclasses.replace(
-        model,
-        attention_implementation=None,
-        max_positions=model.max_positions or config.data.seq_len,
-    )
+    if isinstance(model, LlamaConfig):
+        model = dataclasses.replace(
+            model,
+            attention_implementation=None,
+            max_positions=model.max_positions or config.data.seq_len,
+        )
     params = merge(_as_trained(config, model, restored.state))
-    check_params(model, params, f"the params of step {restored.step} in {workdir}")
+    init = functools.partial(architecture_of(model).init_params, model)
+    shapes = jax.eval_shape(init, jax.random.key(0))[1]
+    check_shapes(shapes, params, f"the params of step {restored.step} in {workdir}")
     opened = _open_tokenizer(workdir, config) if tokenizer else None
-    if opened is not None:
+    if isinstance(opened, Tokenizer) and isinstance(model, LlamaConfig):
         model = dataclasses.replace(model, bos_id=opened.bos_id, eos_ids=(opened.eos_id,))
     return SavedRun(config, restored.step, model, params, opened)
 
 
-def _as_trained(config: Config, model: LlamaConfig, params: Params) -> Any:
+def _as_trained(config: Config, model: ModelConfig, params: Params) -> Any:
     """Makes of nested dicts the tree that the run trains, with its adapters or integers."""
     has_adapters = config.method != "full" and not uses_galore(config)
     if not has_adapters and model.param_dtype != jnp.int8:
         return params
 
     def init(key: jax.Array) -> Any:
-        return with_adapters(config, init_params(model, key)[1], key)
+        return with_adapters(config, architecture_of(model).init_params(model, key)[1], key)
 
     like = jax.eval_shape(init, jax.random.key(0))
     arrays = traverse_util.flatten_dict(params, sep="/")
@@ -101,9 +112,9 @@ def _as_trained(config: Config, model: LlamaConfig, params: Params) -> Any:
 class OpenedModel(NamedTuple):
     """A model that can compute; the tokenizer is None if it was not asked for."""
 
-    config: LlamaConfig
+    config: ModelConfig
     params: Params
-    tokenizer: Tokenizer | None
+    tokenizer: Tokenizer | SentenceTokenizer | None
 
 
 def open_model(
@@ -163,8 +174,10 @@ def read_run_config(workdir: Path) -> Config:
     return config
 
 
-def _open_tokenizer(workdir: Path, config: Config) -> Tokenizer:
+def _open_tokenizer(workdir: Path, config: Config) -> Tokenizer | SentenceTokenizer:
     """Opens the copy that a run keeps, or for an older run the file that it was made with."""
+    if is_sentence_task(config):
+        return SentenceTokenizer(workdir / "tokenizer")
     if (workdir / "tokenizer").is_dir():
         return open_tokenizer(workdir / "tokenizer")
     if config.data.tokenizer is None:

@@ -11,7 +11,7 @@ import optax
 from galore_jax.adapters import is_adapter, restart, trainable, with_trainable
 from galore_jax.int8_kernels import decoded, float_variables, with_float_variables
 from galore_jax.lazy_refresh import times_in
-from galore_jax.models.stages import KERNELS, Stages
+from galore_jax.models.stages import DROPOUT_KEY, KERNELS, Stages
 from galore_jax.projected_grad import gradient_variables, project_gradients, with_variables
 from galore_jax.projection import ProjType
 from galore_jax.quantization import Quantized
@@ -59,7 +59,7 @@ class Mode:
         turn, which keeps the blocks' inputs of the whole batch. Otherwise, with projected gradients
         alone, one goes through all layers after the other: that keeps the float32 sums of all
         projected gradients.
-      dropout_seed: of the dropout of LoRA's inputs; None where there is none.
+      dropout_seed: of dropout, LoRA's and the model's; None where there is none.
       prune_ratio: for ReLoRA, the part of the moments that a merge sets to zero; else None.
     """
 
@@ -132,7 +132,8 @@ def make_train_step(
                 key = jax.random.fold_in(jax.random.key(mode.dropout_seed), state.step)
                 key = jax.random.fold_in(key, part["part"])
             params = with_trainable(state.params, nodes, key)
-            return task.loss(model.forward(params, part), part) * per_target
+            inputs = part if key is None else {**part, DROPOUT_KEY: jax.random.fold_in(key, 0)}
+            return task.loss(model.forward(params, inputs), part) * per_target
 
         def full_part_of_mean(variables: Any, part: Batch) -> jax.Array:
             return part_of_mean(with_float_variables(trained, variables), part)
@@ -233,10 +234,13 @@ def count_refreshes(opt_state: optax.OptState, step: jax.Array, gap: int) -> Met
 
 
 def split_batch(task: Task, batch: Batch, parts: int) -> tuple[jax.Array, jax.Array, Batch]:
-    """Returns the number of targets, its inverse, and the batch as (parts, sequences, ...)."""
-    tokens = task.count(batch)
-    per_target = 1.0 / jnp.maximum(tokens, 1).astype(jnp.float32)
-    return tokens, per_target, jax.tree.map(lambda x: x.reshape(parts, -1, *x.shape[1:]), batch)
+    """Returns the number of tokens, the weight of each loss, and the batch as (parts, ...)."""
+    per_target = 1.0 / jnp.maximum(task.count(batch), 1).astype(jnp.float32)
+    return (
+        task.tokens(batch),
+        per_target,
+        jax.tree.map(lambda x: x.reshape(parts, -1, *x.shape[1:]), batch),
+    )
 
 
 def cast_like(params: Any, grads: Any) -> Any:
@@ -268,9 +272,9 @@ def sum_over_parts(loss_and_grad, variables: Any, parts: Batch, first=()) -> tup
     return loss, grads
 
 
-def make_eval_step(model: Stages, task: Task) -> Callable[[Any, Batch], jax.Array]:
-    """Makes a pure function of (params, batch) that sums the loss over the targets."""
-    return lambda params, batch: task.loss(model.forward(params, batch), batch)
+def make_eval_step(model: Stages, task: Task) -> Callable[[Any, Batch], Any]:
+    """Makes a pure function of (params, batch) that gives what the task's evaluation needs."""
+    return lambda params, batch: task.judge(model.forward(params, batch), batch)
 
 
 def all_finite(state: TrainState) -> jax.Array:

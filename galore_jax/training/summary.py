@@ -2,15 +2,14 @@
 
 import jax
 
-from galore_jax.models import llama
+from galore_jax.models.llama import count_params
 from galore_jax.training.config import galore_rank, uses_galore
 from galore_jax.training.experiment import Experiment
 
 
 def summary(experiment: Experiment) -> str:
     """Describes in a few lines what will run."""
-    config, model = experiment.config, experiment.config.model
-    data, schedule = config.data, config.schedule
+    config, model, schedule = experiment.config, experiment.model, experiment.config.schedule
     settings, low_rank = config.optimizer, config.galore
     method = f"{settings.name} on the full gradients"
     if uses_galore(config):
@@ -33,14 +32,13 @@ def summary(experiment: Experiment) -> str:
         if config.method == "relora":
             method += f", merged every {config.relora.merge_every_steps} updates"
     device = jax.local_devices()[0].device_kind
-    layout = "packed" if data.packing else "a document a row"
-    params = llama.count_params(experiment.abstract_state().params)
+    params = count_params(experiment.abstract_state().params)
     begin = f", from {config.init_from}" if config.init_from is not None else ""
     return (
         f"model   {params / 1e6:,.2f}M parameters: hidden {model.hidden_size}, "
         f"{model.num_layers} layers, vocabulary {model.vocab_size}, {config.param_dtype}{begin}\n"
         f"method  {method}\n"
-        f"data    {data.name}: {config.batch_size} x {data.seq_len} tokens an update, {layout}\n"
+        f"data    {experiment.task.describe(config.batch_size)}\n"
         f"run     {config.train_steps} updates, peak learning rate {schedule.peak_lr:g}, "
         f"seed {config.seed}, on {device} with jax {jax.__version__}"
     )

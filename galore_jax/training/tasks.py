@@ -1,74 +1,104 @@
-"""Tasks: what a model is trained to do, that is loss, metrics and batches."""
+"""What a task is: it tells the trainer its data, loss and evaluation."""
 
 import dataclasses
-import math
-from typing import Any
+from collections.abc import Callable
+from typing import Any, ClassVar, Protocol
 
 import jax
-import numpy as np
 
-from galore_jax.data.batches import DataConfig, TextData
-from galore_jax.models.llama import Predictions
-from galore_jax.models.losses import cross_entropy
+from galore_jax.data.batches import Batches
 
 Batch = dict[str, jax.Array]  # each with a leading axis of sequences
 
 
 @dataclasses.dataclass(frozen=True)
-class LanguageModelling:
-    """Predicting each next token of texts.
-
-    A batch has ``tokens`` and ``targets``, each (sequences, seq_len) int32: the targets are the
-    next tokens, negative where there is nothing to predict.
+class Evaluation:
+    """What an evaluation found.
 
     Attributes:
-      data: the texts, and how they are laid out.
-      vocab_size: of the model.
-      chunk_tokens: rows of logits that exist at a time.
+      loss: the mean over what is counted.
+      metrics: numbers for ``metrics.jsonl``.
+      text: the same in a few words.
+      over: on how much, in a few words.
+      score: to choose the best checkpoint by, the more the better; None where the last is kept.
     """
 
-    data: DataConfig
-    vocab_size: int
-    chunk_tokens: int
+    loss: float
+    metrics: dict[str, float]
+    text: str
+    over: str
+    score: float | None = None
 
-    def open_data(self) -> TextData:
-        """Opens the texts.
 
-        Raises:
-          UserError: data or tokenizer missing, unreadable, or not fit for the model.
-        """
-        return TextData(self.data, vocab_size=self.vocab_size)
+class Tokenizer(Protocol):
+    """A tokenizer whose files a run keeps."""
+
+    def copy(self, folder: Any) -> None:
+        """Copies the files from which it was opened to a folder."""
+        ...
+
+
+class Data(Protocol):
+    """Opened data of a task."""
+
+    source: str
+
+    @property
+    def tokenizer(self) -> Tokenizer:
+        """Returns the tokenizer of the texts."""
+        ...
+
+    def train_batches(self, *, batch_size: int, seed: int) -> Batches:
+        """Gives batches without end."""
+        ...
+
+
+class Task(Protocol):
+    """What a model is trained to do.
+
+    Attributes:
+      keeps_best: whether the checkpoint of the best evaluation is kept beside the newest.
+    """
+
+    keeps_best: ClassVar[bool]
+
+    def open_data(self) -> Any:
+        """Opens the data; a UserError says what is missing or does not fit the model."""
+        ...
+
+    def describe(self, batch_size: int) -> str:
+        """Says in a few words what an update reads."""
+        ...
 
     def abstract_batch(self, sequences: int) -> Batch:
-        """Returns the shapes of a batch."""
-        shape: Any = jax.ShapeDtypeStruct((sequences, self.data.seq_len), np.int32)
-        return {"tokens": shape, "targets": shape}
+        """Returns the shapes of the largest batch."""
+        ...
 
     def count(self, batch: Any) -> Any:
-        """Counts the targets of a batch, () int32, over which losses are averaged."""
-        return (batch["targets"] >= 0).sum(dtype=np.int32)
+        """Counts what losses are averaged over, () int32."""
+        ...
 
-    def loss(self, outputs: Predictions, batch: Batch) -> jax.Array:
-        """Sums the negative log-likelihood of a batch's targets, () float32, in nats."""
-        return cross_entropy(
-            outputs.hidden, outputs.head, batch["targets"], chunk_tokens=self.chunk_tokens
-        )[0]
+    def tokens(self, batch: Any) -> Any:
+        """Counts the tokens that were learned from, () int32."""
+        ...
 
-    def evaluation(self, loss: float, count: int) -> dict[str, float]:
-        """Makes an evaluation's metrics of the mean loss over ``count`` held-out targets."""
-        return {"eval_loss": loss, "eval_perplexity": perplexity(loss), "eval_tokens": count}
+    def loss(self, outputs: Any, batch: Batch) -> jax.Array:
+        """Sums the loss over what is counted, () float32."""
+        ...
 
+    def judge(self, outputs: Any, batch: Batch) -> Any:
+        """Computes on the device what ``evaluate`` needs of a held-out batch."""
+        ...
 
-Task = LanguageModelling
-
-
-def perplexity(loss: float) -> float:
-    """Returns the exponential of a loss in nats; infinite where that overflows.
-
-    >>> perplexity(0.0), perplexity(1e3)
-    (1.0, inf)
-    """
-    try:
-        return math.exp(loss)
-    except OverflowError:
-        return math.inf
+    def evaluate(
+        self,
+        judge: Callable[[Any, Any], Any],
+        params: Any,
+        data: Any,
+        *,
+        batch_size: int,
+        most_targets: int,
+        stop: Callable[[], bool] = lambda: False,
+    ) -> Evaluation | None:
+        """Evaluates on held-out data; None where ``stop``, asked before every batch, was true."""
+        ...

@@ -18,8 +18,8 @@ from tiny import ROOT, tiny_config, tiny_flags
 from galore_jax.data.batches import TextData
 from galore_jax.errors import UserError
 from galore_jax.training import experiment, loop
+from galore_jax.training.language_modelling import LanguageModelling
 from galore_jax.training.metrics import read_metrics
-from galore_jax.training.tasks import LanguageModelling
 from galore_jax.training.workdir import claim
 
 
