@@ -1,4 +1,4 @@
-r"""The paper's LLaMAs on C4: configs/llama.py:60m, 130m, 350m, 1b, 7b, and rows for one card.
+r"""The paper's LLaMAs on C4 (60m to 7b), and for one card 7b_24gb, 7b_16gb, 7b_12gb, 13b_24gb.
 
   python train.py --config=configs/llama.py:60m --config.data.data_dir=DIR \
       --config.data.tokenizer=SPIECE_MODEL --workdir=runs/60m

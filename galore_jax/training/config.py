@@ -209,14 +209,14 @@ def galore_rank(config: Config) -> int | dict[str, int | None]:
     >>> galore_rank(ConfigDict({"galore": {"rank": (("q_proj", 32), ("", 64))}}))
     {'q_proj': 32, '': 64}
     """
-    rank = config.galore.rank
+    rank: Any = config.galore.rank
     if isinstance(rank, int) and rank < 1:
         raise UserError(f"config.galore.rank={rank!r} must be at least 1")
     try:
-        if hasattr(rank, "items"):
-            rank = dict(rank.items())
-        elif isinstance(rank, tuple | list):
+        if isinstance(rank, tuple | list):
             rank = dict(rank)
+        elif not isinstance(rank, int) and hasattr(rank, "items"):
+            rank = dict(rank.items())
         rank_by_pattern(rank) if isinstance(rank, dict) else check_rank(rank)
     except (TypeError, ValueError) as error:
         raise UserError(

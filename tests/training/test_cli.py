@@ -49,8 +49,8 @@ def test_every_row_has_a_workdir_of_its_own():
         (["--config.galore.rank=1.5"], "another type than the default, 128$"),
         (["--config.remat=maybe"], "another type than the default, False$"),
         (["--config.galore=3"], "--config.galore is a section"),
-        (["--config=configs/nope.py"], "no such file; configs/ has llama.py, sample.py"),
-        (["--config", "configs/nope.py"], "no such file; configs/ has llama.py"),
+        (["--config=configs/nope.py"], "no such file; configs/ has glue.py, llama.py, reviews.py, sample"),
+        (["--config", "configs/nope.py"], "no such file; configs/ has glue.py, llama.py"),
         (
             ["--config=configs/llama_60m.py:method=full"],
             "is --config=configs/llama.py:60m,method=full now$",
