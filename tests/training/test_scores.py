@@ -45,7 +45,7 @@ def test_correlations_are_those_of_values_and_of_ranks():
     assert spearman(predictions, labels) == pytest.approx(np.corrcoef(*ranks)[0, 1])
 
 
-# scikit-learn 1.x gives these: f1_score with zero_division=0, matthews_corrcoef.
+# scikit-learn 1.9.1 gives these: f1_score with zero_division=0, matthews_corrcoef.
 DEGENERATE = {
     ("f1", (0, 0, 0, 0), (0, 0, 0, 0)): 0.0,
     ("f1", (0, 0, 0, 0), (0, 1, 0, 1)): 0.0,
