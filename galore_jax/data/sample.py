@@ -73,19 +73,7 @@ def _build(folder: Path) -> int:
     partial = Path(tempfile.mkdtemp(prefix=folder.name + ".partial-", dir=folder.parent))
     try:
         documents = _documents(Path(str(importlib.resources.files("botocore"))) / "data")
-        texts = {
-            split: [
-                {**dict.fromkeys(_KEYS, ""), "text": x, "content-length": str(len(x))} for x in xs
-            ]
-            for split, xs in documents.items()
-        }
-        write_tfds(
-            partial / "c4" / "en" / VERSION,
-            texts,
-            features=tfds.features.FeaturesDict({key: tfds.features.Text() for key in _KEYS}),
-            module="tensorflow_datasets.text.c4",
-            description="Documentation strings of botocore.",
-        )
+        write_c4(partial / "c4" / "en" / VERSION, documents)
         every = max(1, len(documents["train"]) // _TOKENIZER_TEXTS)
         train_tokenizer(
             iter(documents["train"][::every]), partial / "tokenizer.model", vocab_size=VOCAB_SIZE
@@ -98,6 +86,23 @@ def _build(folder: Path) -> int:
     finally:
         shutil.rmtree(partial, ignore_errors=True)
     return sum(len(texts) for texts in documents.values())
+
+
+def write_c4(folder: Path, documents: dict[str, list[str]]) -> None:
+    """Writes texts, by split, as TFDS writes C4."""
+    write_tfds(
+        folder,
+        {
+            split: [
+                {**dict.fromkeys(_KEYS, ""), "text": x, "content-length": str(len(x))}
+                for x in texts
+            ]
+            for split, texts in documents.items()
+        },
+        features=tfds.features.FeaturesDict({key: tfds.features.Text() for key in _KEYS}),
+        module="tensorflow_datasets.text.c4",
+        description="Documentation strings of botocore.",
+    )
 
 
 def _documents(root: Path) -> dict[str, list[str]]:

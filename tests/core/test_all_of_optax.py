@@ -67,7 +67,7 @@ def start():
     }
 
 
-@pytest.mark.parametrize("recovery", [None, "column"])
+@pytest.mark.parametrize("recovery", [None, pytest.param("column", marks=pytest.mark.slow)])
 @pytest.mark.parametrize("name", sorted(set(ALIASES) - set(EXCLUDED)))
 def test_state_is_low_rank_and_a_quadratic_goes_down(name, recovery):
     options = {"target_modules": PROJECTED, "recovery": recovery}

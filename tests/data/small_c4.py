@@ -45,7 +45,7 @@ def write_json(root: Path, texts: dict[str, list[str]] = TEXTS, shards: int = 3)
 
 
 def write_array_record(root: Path, texts: dict[str, list[str]] = TEXTS) -> Path:
-    sample._write_tfds(root / "c4" / "en" / sample.VERSION, texts)
+    sample.write_c4(root / "c4" / "en" / sample.VERSION, texts)
     return root
 
 

@@ -583,7 +583,7 @@ def test_init_draws_one_layer_at_a_time():
         ({"loss_chunk_tokens": -1}, "loss_chunk_tokens is -1"),
         ({"rms_norm_eps": 0.0}, "rms_norm_eps is 0.0"),
         ({"dtype": "bf16"}, "dtype is 'bf16'"),
-        ({"param_dtype": "int8"}, "param_dtype is 'int8'"),
+        ({"param_dtype": "int4"}, "param_dtype is 'int4'"),
         ({"attention_implementation": "flash"}, "attention_implementation is 'flash'"),
         ({"attention_implementation": "cudnn"}, "cudnn attention has no float32"),
     ],

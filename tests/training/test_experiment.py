@@ -136,7 +136,10 @@ def test_layerwise_muon_with_a_rate_of_the_matrices_is_standard(method):
 
 
 @pytest.mark.parametrize("updates", ["standard", "layerwise"])
-@pytest.mark.parametrize("name", OPTIMIZERS)
+@pytest.mark.parametrize(
+    "name",
+    [pytest.param(x, marks=[] if x == "adamw8bit" else pytest.mark.slow) for x in OPTIMIZERS],
+)
 def test_projected_is_standard(name, updates):
     state, metrics = run(config_of(f"optimizer={name}", updates=updates, **OPTIMIZERS[name]))
     expected, expected_metrics = plainest("galore", name)

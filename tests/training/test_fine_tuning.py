@@ -70,7 +70,12 @@ def numbers(workdir):
 
 
 @pytest.mark.parametrize(
-    "arg", ["cola,method=galore,rank=4", "stsb,method=lora,rank=2", "mnli,method=full"]
+    "arg",
+    [
+        "cola,method=galore,rank=4",
+        pytest.param("stsb,method=lora,rank=2", marks=pytest.mark.slow),
+        pytest.param("mnli,method=full", marks=pytest.mark.slow),
+    ],
 )
 def test_a_run_resumes_to_the_bit_dropout_and_best_checkpoint_included(data_dir, tmp_path, arg):
     config = small(data_dir, arg)

@@ -43,8 +43,11 @@ def codes(state):
     return [x.codes for x in jax.tree.leaves(state.params, is_leaf=is_int8) if is_int8(x)]
 
 
-@pytest.mark.parametrize("projected", [False, True])
-@pytest.mark.parametrize("micro_batch_size", [2, 4])
+SLOW = pytest.mark.slow
+
+
+@pytest.mark.parametrize("projected", [pytest.param(False, marks=SLOW), True])
+@pytest.mark.parametrize("micro_batch_size", [2, pytest.param(4, marks=SLOW)])
 def test_all_modes_give_the_same_codes(projected, micro_batch_size):
     plain, _ = run_steps(config(projected_gradients=False, micro_batch_size=4), 5)
     other, metrics = run_steps(
@@ -73,6 +76,7 @@ def test_no_float_copy_is_kept():
     assert max(x.size for x in large) <= 8192
 
 
+@SLOW
 def test_rounding_to_nearest_is_a_choice_and_loses_small_updates():
     small = {"schedule__peak_lr": 1e-6, "schedule__warmup_steps": 0}
     start = make_experiment(config()).first_state()
@@ -93,7 +97,7 @@ def run(tmp_path_factory):
     return workdir
 
 
-@pytest.mark.parametrize("updates", ["standard", "layerwise"])
+@pytest.mark.parametrize("updates", [pytest.param("standard", marks=SLOW), "layerwise"])
 def test_resuming_is_exact(updates, tmp_path):
     settings = config(updates=updates)
     train(settings, tmp_path / "whole")
@@ -138,6 +142,7 @@ def test_a_run_and_its_export_generate_the_same_text(run):
     assert json.loads((half / "config.json").read_text())["torch_dtype"] == "bfloat16"
 
 
+@SLOW
 def test_training_goes_on_from_a_folder_of_floats(run):
     folder = run.parent / "floats"
     assert export.main(["export", f"--workdir={run}", f"--to={folder}"]) == 0
@@ -154,6 +159,7 @@ def test_training_goes_on_from_a_folder_of_floats(run):
     assert np.isfinite(metrics["loss"])
 
 
+@SLOW
 def test_tied_embeddings():
     settings = config(model__tie_embeddings=True)
     plain, _ = run_steps(settings, 4)
