@@ -98,7 +98,9 @@ def test_a_function_for_the_rank_is_asked_about_each_leaf_again():
     assert tx.init({"w": jnp.zeros((6, 8))}).projector["w"].shape == (6, 3)
 
 
-@pytest.mark.parametrize("inner", [optax.adamw(0.1), optax.contrib.prodigy()])
+@pytest.mark.parametrize(
+    "inner", [optax.adamw(0.1), pytest.param(optax.contrib.prodigy(), marks=pytest.mark.slow)]
+)
 def test_no_tracer_is_kept(inner):
     tx = galore(inner, rank=2, target_modules=".", update_proj_gap=1)
     injected = optax.inject_hyperparams(galore_adamw, static_args=("rank",))(0.1, rank=2)

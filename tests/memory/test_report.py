@@ -230,7 +230,11 @@ def test_plot_needs_a_known_ending(tmp_path):
 
 @pytest.mark.parametrize(
     ("updates", "projected", "most"),
-    [("standard", False, 49.3), ("standard", True, 36.9), ("layerwise", True, 35.3)],
+    [
+        pytest.param("standard", False, 49.3, marks=pytest.mark.slow),
+        ("standard", True, 36.9),
+        ("layerwise", True, 35.3),
+    ],
 )
 def test_compiled_temporaries_do_not_grow(updates, projected, most):
     # MiB on a CPU, measured with jaxlib 0.10.2; 5 % for other versions' scheduling. The first was

@@ -27,8 +27,14 @@ def load(name, arg=""):
     return config
 
 
+# Rows of one model differ little in the steps that they make.
+FEW = [x for x in CONFIGS if x not in ("llama:130m", "llama:350m", "llama:70b", "llama:7b_12gb")]
+
+
 @pytest.mark.parametrize("arg", ARGS)
-@pytest.mark.parametrize("name", CONFIGS)
+@pytest.mark.parametrize(
+    "name", [pytest.param(x, marks=[] if x in FEW else pytest.mark.slow) for x in CONFIGS]
+)
 def test_every_config_builds_and_steps(name, arg):
     experiment = make_experiment(load(name, arg))
     state = experiment.abstract_state()

@@ -152,7 +152,9 @@ def test_projected_is_standard(name, updates):
             assert mine["projected_grad_norm"] < mine["grad_norm"]
 
 
-@pytest.mark.parametrize("arg", ["", "method=full", "optimizer=adamw8bit"])
+@pytest.mark.parametrize(
+    "arg", [pytest.param("", marks=pytest.mark.slow), "method=full", "optimizer=adamw8bit"]
+)
 def test_a_block_in_halves_is_the_block(arg):
     shared = {"updates": "layerwise", "model__tie_embeddings": True, **OPTIMIZERS["adamw"]}
     state, metrics = run(config_of(arg, remat=True, micro_batch_size=2, **shared))

@@ -40,7 +40,9 @@ def test_the_first_loss_is_that_of_the_frozen_model():
     np.testing.assert_allclose(*losses, rtol=1e-6)
 
 
-@pytest.mark.parametrize("optimizer", ["adamw8bit", "adafactor"])
+@pytest.mark.parametrize(
+    "optimizer", ["adamw8bit", pytest.param("adafactor", marks=pytest.mark.slow)]
+)
 def test_frozen_weights_stay_and_have_no_state(optimizer):
     experiment = make_experiment(config_of("lora", optimizer__name=optimizer))
     state = experiment.first_state()
