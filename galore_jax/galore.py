@@ -210,7 +210,7 @@ def wrap_optimizer(
 
     def init(params: optax.Params) -> GaLoreState:
         plan = plan_of(params)
-        options.check_patterns(params)
+        options.check_patterns(params, plan.specs)
         proxies = on_matrices(
             lambda spec, x: zeros_beside(x, spec.axes, spec.low_shape, x.dtype), plan.specs, params
         )

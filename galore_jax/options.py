@@ -135,18 +135,19 @@ class CheckedOptions:
             stacked_modules=self.stacked_modules,
         )
 
-    def check_patterns(self, params: Any) -> None:
+    def check_patterns(self, params: Any, specs: Any) -> None:
         """Raises a ValueError for ``target_modules`` or a pattern of ``rank`` that select nothing.
 
         Args:
           params: a tree of all weights, arrays or shapes.
+          specs: how each is projected.
         """
-        selected = self.specs(params, rank=1)
-        if not jax.tree.leaves(selected):
+        if not jax.tree.leaves(specs):
             projection_mask(params, self.target_modules, stacked_modules=self.stacked_modules)
-        elif isinstance(self.rank, Mapping):
-            named = jax.tree_util.tree_leaves_with_path(selected)
-            check_rank_patterns(self.rank, [leaf_path(path) for path, _ in named])
+        if isinstance(self.rank, Mapping):  # which may leave leaves alone
+            selected = jax.tree_util.tree_leaves_with_path(self.specs(params, rank=1))
+            if selected:
+                check_rank_patterns(self.rank, [leaf_path(path) for path, _ in selected])
 
     def no_projector(self, leaf: Any, spec: MatrixSpec | None) -> Any:
         """Makes zeros, stored and sharded as a leaf's projector will be."""
