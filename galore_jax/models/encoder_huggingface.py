@@ -2,7 +2,6 @@
 
 import dataclasses
 import functools
-import json
 import os
 import re
 from pathlib import Path
@@ -12,8 +11,6 @@ import jax
 from flax import traverse_util
 from jax.typing import DTypeLike
 
-from galore_jax.errors import UserError
-from galore_jax.folders import complete_or_absent
 from galore_jax.models import leaf_tensors
 from galore_jax.models.encoder import Params, init_params
 from galore_jax.models.encoder_config import EncoderConfig
@@ -22,7 +19,10 @@ from galore_jax.models.leaf_tensors import (
     LeafTensors,
     TokenizerFiles,
     check_shapes,
+    check_tensors,
+    check_tokenizer,
     read_leaf,
+    save_folder,
     tensor_shape,
 )
 from galore_jax.models.tensor_files import TensorFiles
@@ -107,7 +107,7 @@ def load(
     names = {path: tensor_names(config, path) for path in shapes}
     _check_tensors(folder, shapes, names, stored, files, strict=is_classifier)
     params: dict[Any, Any] = {
-        path: read_leaf(files, path, shape, [stored[name] for name in names[path]], dtype)
+        path: read_leaf(folder, files, path, shape, [stored[name] for name in names[path]], dtype)
         for path, shape in shapes.items()
     }
     numerics = params["embed", "word", "embedding"].dtype
@@ -150,19 +150,11 @@ def save(
     shapes = jax.eval_shape(functools.partial(init_params, config), jax.random.key(0))[1]
     check_shapes(shapes, params)
     flat: Any = traverse_util.flatten_dict(params)
-    if tokenizer is not None and tokenizer.vocab_size > config.vocab_size:
-        raise UserError(
-            f"the tokenizer has {tokenizer.vocab_size} ids and the model a vocabulary of "
-            f"{config.vocab_size}; they do not belong together"
-        )
+    check_tokenizer(tokenizer, config.vocab_size)
     tensors = LeafTensors(flat, {path: tensor_names(config, path) for path in _leaves(config)})
     dtype = flat["embed", "word", "embedding"].dtype
     values = config_to_json(dataclasses.replace(config, param_dtype=dtype))
-    with complete_or_absent(folder) as partial:
-        (partial / "config.json").write_text(json.dumps(values, indent=2) + "\n")
-        tensors.write(partial)
-        if tokenizer is not None:
-            tokenizer.save(partial)
+    save_folder(folder, values, tensors, tokenizer)
 
 
 def tensor_names(config: EncoderConfig, path: leaf_tensors.Path) -> list[str]:
@@ -228,14 +220,5 @@ def _check_tensors(
         if not _OTHER_HEADS.fullmatch(name)
         or (strict and not re.match(r"classifier\.|roberta\.pooler\.", name))
     }
-    for kind, found in (("lacks", wanted.keys() - stored.keys()), ("has too much:", over)):
-        if found:
-            first, more = min(found), f" and {len(found) - 1} more" if len(found) > 1 else ""
-            raise UserError(f"{folder} {kind} the tensor {first}{more}, as its config.json has it")
-    for name, shape in wanted.items():
-        has = files.specs[stored[name]].shape
-        if has != shape:
-            raise UserError(
-                f"{folder}: the tensor {name} has the shape {has}; by its config.json it must be "
-                f"{shape}"
-            )
+    found = {today: files.specs[name].shape for today, name in stored.items()}
+    check_tensors(folder, wanted, found, over)

@@ -1,12 +1,11 @@
 """``config.json`` of a Hugging Face BERT or RoBERTa, as an ``EncoderConfig`` and back."""
 
-import json
 from pathlib import Path
 from typing import Any
 
 from galore_jax.errors import UserError
 from galore_jax.models.encoder_config import EncoderConfig
-from galore_jax.models.huggingface_config import read_json
+from galore_jax.models.huggingface_config import read_json, read_sizes
 
 _SIZES = {
     "hidden_size": "hidden_size",
@@ -65,16 +64,7 @@ def read_encoder_config(folder: Path) -> tuple[EncoderConfig, bool]:
             f"{folder} is a {named} of model_type {kind!r}; this task is for a BERT or RoBERTa, "
             "of model_type 'bert' or 'roberta'"
         )
-    for key, allowed in _ONLY.items():
-        if values.get(key) not in allowed:
-            raise UserError(
-                f"{path}: {key} is {json.dumps(values[key])}; only {json.dumps(allowed[0])} is "
-                "supported"
-            )
-    missing = [_SIZES[name] for name in _REQUIRED if values.get(_SIZES[name]) is None]
-    if missing:
-        raise UserError(f"{path} lacks {', '.join(missing)}")
-    given = {ours: values[key] for ours, key in _SIZES.items() if values.get(key) is not None}
+    given = read_sizes(path, values, _SIZES, _REQUIRED, _ONLY)
     labels = _labels(values)
     regression = values.get("problem_type") == "regression"
     classes = values.get("problem_type") == "single_label_classification"

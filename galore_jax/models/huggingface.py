@@ -2,12 +2,10 @@
 
 import dataclasses
 import functools
-import json
-import math
 import os
 import re
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 import jax
 import numpy as np
@@ -15,12 +13,22 @@ from flax import traverse_util
 from jax.typing import DTypeLike
 
 from galore_jax.errors import UserError
-from galore_jax.folders import complete_or_absent
-from galore_jax.int8_kernels import Int8Kernel, Per, decoded, encode
+from galore_jax.int8_kernels import Int8Kernel, Per, encode
 from galore_jax.models.config import LlamaConfig
 from galore_jax.models.huggingface_config import config_to_json, read_config
+from galore_jax.models.leaf_tensors import (
+    LeafTensors,
+    TokenizerFiles,
+    aligned,
+    check_tensors,
+    check_tokenizer,
+    leaf_dtype,
+    read_leaf,
+    save_folder,
+    tensor_shape,
+)
 from galore_jax.models.llama import Params, check_params, init_params
-from galore_jax.models.tensor_files import DTYPES, TensorFiles, TensorSpec, write_tensors
+from galore_jax.models.tensor_files import TensorFiles
 
 # Our paths, and Hugging Face's names with the layer in the place of {}. A kernel is (in, out) here
 # and (out, in) there; a leaf of the blocks is there a tensor for each layer.
@@ -35,20 +43,8 @@ _NAMES = (
 )
 _HEAD, _EMBEDDING = "lm_head.weight", "model.embed_tokens.weight"
 _BUFFERS = re.compile(r"model\.layers\.\d+\.self_attn\.rotary_emb\.inv_freq")  # of old versions
-_SHARD_BYTES = 5 * 10**9
-_ALIGNMENT = 64  # bytes; JAX uses a NumPy array that is so aligned without a copy on a CPU
 
 _Path = tuple[str, ...]
-
-
-class TokenizerFiles(Protocol):
-    """A tokenizer that can put its files into a folder."""
-
-    vocab_size: int
-
-    def save(self, folder: Path) -> None:
-        """Writes the files by which it is loaded again, by transformers too."""
-        ...
 
 
 def load(
@@ -84,18 +80,11 @@ def load(
     params = {}
     for path, shape in leaves.items():
         names = _tensor_names(path, config.num_layers)
-        stored = {files.specs[name].dtype for name in names}
-        if dtype is None and len(stored) > 1:
-            raise UserError(f"{folder}: {names[0]} has another dtype than the same of other layers")
-        numerics = np.dtype(dtype) if dtype is not None else stored.pop()
         if int8 and path[-1] in ("kernel", "embedding"):
+            numerics = leaf_dtype(folder, files, names, dtype)
             params[path] = _encoded(files, names, path, shape, numerics)
-            continue
-        array = _aligned(shape, numerics)
-        stack = array if path[0] == "blocks" else array[None]
-        for layer, name in enumerate(names):
-            files.read_into(name, stack[layer], transpose=path[-1] == "kernel")
-        params[path] = jax.device_put(array)
+        else:
+            params[path] = read_leaf(folder, files, path, shape, names, dtype)
     numerics = params["embed", "embedding"].dtype
     param_dtype = np.int8 if int8 else numerics
     config = dataclasses.replace(config, dtype=numerics, param_dtype=param_dtype)
@@ -128,40 +117,11 @@ def save(
     folder = Path(folder).expanduser()
     check_params(config, params)
     flat: Any = traverse_util.flatten_dict(params)
-    for path, leaf in flat.items():
-        if leaf.dtype not in DTYPES.values():
-            raise UserError(
-                f"{'/'.join(path)} is {leaf.dtype}; "
-                "weights are saved in float32, float16 or bfloat16"
-            )
-    if tokenizer is not None and tokenizer.vocab_size > config.vocab_size:
-        raise UserError(
-            f"the tokenizer has {tokenizer.vocab_size} ids and the model a vocabulary of "
-            f"{config.vocab_size}; they do not belong together"
-        )
-    places = {
-        name: (path, layer)
-        for path in flat
-        for layer, name in enumerate(_tensor_names(path, config.num_layers))
-    }
-
-    def spec(name: str) -> TensorSpec:
-        path, _ = places[name]
-        shape = flat[path].shape[path[0] == "blocks" :]
-        return TensorSpec(shape[::-1] if path[-1] == "kernel" else shape, flat[path].dtype)
-
-    def get(name: str) -> np.ndarray:
-        path, layer = places[name]
-        leaf = flat[path][layer] if path[0] == "blocks" else flat[path]
-        array = np.asarray(decoded(leaf))
-        return array.T if path[-1] == "kernel" else array
-
-    values = config_to_json(dataclasses.replace(config, param_dtype=spec(_EMBEDDING).dtype))
-    with complete_or_absent(folder) as partial:
-        (partial / "config.json").write_text(json.dumps(values, indent=2) + "\n")
-        write_tensors(partial, {name: spec(name) for name in places}, get, shard_bytes=_SHARD_BYTES)
-        if tokenizer is not None:
-            tokenizer.save(partial)
+    tensors = LeafTensors(flat, {path: _tensor_names(path, config.num_layers) for path in flat})
+    check_tokenizer(tokenizer, config.vocab_size)
+    dtype = flat["embed", "embedding"].dtype
+    values = config_to_json(dataclasses.replace(config, param_dtype=dtype))
+    save_folder(folder, values, tensors, tokenizer)
 
 
 def _leaves(config: LlamaConfig) -> dict[_Path, tuple[int, ...]]:
@@ -181,9 +141,9 @@ def _encoded(
     """Reads the tensors of a leaf one by one, and encodes each before the next."""
     per: Per = "row" if path[-1] == "embedding" else "column"
     find = jax.jit(functools.partial(encode, per=per, dtype=dtype))
-    codes, scales = _aligned(shape, np.dtype(np.int8)), []
+    codes, scales = aligned(shape, np.dtype(np.int8)), []
     for layer, name in enumerate(names):
-        tensor = _aligned(shape[-2:], np.dtype(np.float32))
+        tensor = aligned(shape[-2:], np.dtype(np.float32))
         files.read_into(name, tensor, transpose=path[-1] == "kernel")
         kernel = find(tensor)
         (codes if path[0] != "blocks" else codes[layer])[:] = np.asarray(kernel.codes)
@@ -209,9 +169,8 @@ def _check_tensors(
     """Compares the names and shapes of a folder's tensors with the model's."""
     wanted = {}
     for path, shape in leaves.items():
-        shape = shape[path[0] == "blocks" :]
-        shape = shape[::-1] if path[-1] == "kernel" else shape
-        wanted |= dict.fromkeys(_tensor_names(path, config.num_layers), shape)
+        names = _tensor_names(path, config.num_layers)
+        wanted |= dict.fromkeys(names, tensor_shape(path, shape))
     found = {name for name in files.specs if not _BUFFERS.fullmatch(name)}
     if config.tie_embeddings and _HEAD in found:
         if not files.equal(_HEAD, _EMBEDDING):
@@ -220,21 +179,5 @@ def _check_tensors(
                 "says that they are tied; set tie_word_embeddings to false there"
             )
         found.remove(_HEAD)
-    for kind, names in (("lacks", wanted.keys() - found), ("has too much:", found - wanted.keys())):
-        if names:
-            first, more = min(names), f" and {len(names) - 1} more" if len(names) > 1 else ""
-            raise UserError(f"{folder} {kind} the tensor {first}{more}, as its config.json has it")
-    for name, shape in wanted.items():
-        if files.specs[name].shape != shape:
-            raise UserError(
-                f"{folder}: the tensor {name} has the shape {files.specs[name].shape}; by its "
-                f"config.json it must be {shape}"
-            )
-
-
-def _aligned(shape: tuple[int, ...], dtype: np.dtype) -> np.ndarray:
-    """Allocates an array that JAX can use in place on a CPU."""
-    nbytes = math.prod(shape) * dtype.itemsize
-    space = np.empty(nbytes + _ALIGNMENT, np.uint8)
-    start = -space.ctypes.data % _ALIGNMENT
-    return space[start : start + nbytes].view(dtype).reshape(shape)
+    shapes = {name: spec.shape for name, spec in files.specs.items() if name in found}
+    check_tensors(folder, wanted, shapes, found - wanted.keys())

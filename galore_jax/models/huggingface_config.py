@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -78,16 +79,7 @@ def read_config(folder: Path) -> LlamaConfig:
             f"{folder} is a {', '.join(map(str, named))} of model_type {kind!r}; "
             f"only a {_ARCHITECTURE} of model_type 'llama' can be read"
         )
-    for key, allowed in _ONLY.items():
-        if values.get(key) not in allowed:
-            raise UserError(
-                f"{path}: {key} is {json.dumps(values[key])}; only {json.dumps(allowed[0])} is "
-                "supported"
-            )
-    missing = [_SIZES[name] for name in _REQUIRED if values.get(_SIZES[name]) is None]
-    if missing:
-        raise UserError(f"{path} lacks {', '.join(missing)}")
-    given = {ours: values[key] for ours, key in _SIZES.items() if values.get(key) is not None}
+    given = read_sizes(path, values, _SIZES, _REQUIRED, _ONLY)
     generation = folder / "generation_config.json"
     tokens = {**values, **(read_json(generation) if generation.is_file() else {})}
     eos = tokens.get("eos_token_id")
@@ -99,6 +91,40 @@ def read_config(folder: Path) -> LlamaConfig:
         )
     except (UserError, TypeError) as error:
         raise UserError(f"{path}: {error}") from error
+
+
+def read_sizes(
+    path: Path,
+    values: Mapping[str, Any],
+    sizes: Mapping[str, str],
+    required: Sequence[str],
+    only: Mapping[str, Sequence[Any]],
+) -> dict[str, Any]:
+    """Reads a model's sizes from the values of a ``config.json``.
+
+    Args:
+      path: of the file, for messages.
+      values: its values.
+      sizes: its keys by our names.
+      required: of our names, those that must be there.
+      only: by key, the values with which the model computes what ours does.
+
+    Returns:
+      What is there, by our names.
+
+    Raises:
+      UserError: another value, or a key that is missing.
+    """
+    for key, allowed in only.items():
+        if values.get(key) not in allowed:
+            raise UserError(
+                f"{path}: {key} is {json.dumps(values[key])}; only {json.dumps(allowed[0])} is "
+                "supported"
+            )
+    missing = [sizes[name] for name in required if values.get(sizes[name]) is None]
+    if missing:
+        raise UserError(f"{path} lacks {', '.join(missing)}")
+    return {ours: values[key] for ours, key in sizes.items() if values.get(key) is not None}
 
 
 def config_to_json(config: LlamaConfig) -> dict[str, Any]:

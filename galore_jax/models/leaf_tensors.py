@@ -5,8 +5,9 @@ A kernel is (in, out) here and (out, in) there.
 
 import dataclasses
 import functools
+import json
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path as Folder
 from typing import Any, Protocol
 
@@ -16,6 +17,8 @@ from flax import traverse_util
 from jax.typing import DTypeLike
 
 from galore_jax.errors import UserError
+from galore_jax.folders import complete_or_absent
+from galore_jax.int8_kernels import decoded
 from galore_jax.models.stages import BLOCKS
 from galore_jax.models.tensor_files import DTYPES, TensorFiles, TensorSpec, write_tensors
 
@@ -58,7 +61,37 @@ def check_shapes(shapes: Any, params: Any, what: str = "the params") -> None:
             raise UserError(f"{what} do not fit the model: {'/'.join(path)} is {has}, not {want}")
 
 
+def check_tensors(
+    folder: Folder,
+    wanted: Mapping[str, tuple[int, ...]],
+    found: Mapping[str, tuple[int, ...]],
+    surplus: Collection[str],
+) -> None:
+    """Compares the names and shapes of a folder's tensors with the model's.
+
+    Args:
+      folder: where they are.
+      wanted: the model's.
+      found: the folder's.
+      surplus: names in the folder that the model has no use for.
+
+    Raises:
+      UserError: a tensor that is missing, left over or of the wrong shape.
+    """
+    for kind, names in (("lacks", wanted.keys() - found.keys()), ("has too much:", surplus)):
+        if names:
+            first, more = min(names), f" and {len(names) - 1} more" if len(names) > 1 else ""
+            raise UserError(f"{folder} {kind} the tensor {first}{more}, as its config.json has it")
+    for name, shape in wanted.items():
+        if found[name] != shape:
+            raise UserError(
+                f"{folder}: the tensor {name} has the shape {found[name]}; by its config.json it "
+                f"must be {shape}"
+            )
+
+
 def read_leaf(
+    folder: Folder,
     files: TensorFiles,
     path: Path,
     shape: tuple[int, ...],
@@ -68,7 +101,8 @@ def read_leaf(
     """Reads a leaf, straight into a stacked array on the default device.
 
     Args:
-      files: a folder's.
+      folder: where they are.
+      files: its tensors.
       path: of the leaf.
       shape: of the leaf.
       names: the tensors, one for each layer of a leaf of the blocks.
@@ -77,14 +111,23 @@ def read_leaf(
     Raises:
       UserError: layers of different dtypes, without a dtype to read them in.
     """
-    stored = {files.specs[name].dtype for name in names}
-    if dtype is None and len(stored) > 1:
-        raise UserError(f"{names[0]} has another dtype than the same of other layers")
-    array = _aligned(shape, np.dtype(dtype) if dtype is not None else stored.pop())
+    array = aligned(shape, leaf_dtype(folder, files, names, dtype))
     stack = array if path[0] == BLOCKS else array[None]
     for layer, name in enumerate(names):
         files.read_into(name, stack[layer], transpose=path[-1] == "kernel")
     return jax.device_put(array)
+
+
+def leaf_dtype(
+    folder: Folder, files: TensorFiles, names: Sequence[str], dtype: DTypeLike | None
+) -> np.dtype:
+    """Returns a dtype, or where that is None the one of a leaf's tensors, see ``read_leaf``."""
+    if dtype is not None:
+        return np.dtype(dtype)
+    first, *others = {files.specs[name].dtype for name in names}
+    if others:
+        raise UserError(f"{folder}: {names[0]} has another dtype than the same of other layers")
+    return first
 
 
 @dataclasses.dataclass(frozen=True)
@@ -92,7 +135,7 @@ class LeafTensors:
     """Leaves to be written as tensors.
 
     Attributes:
-      leaves: arrays by path.
+      leaves: arrays by path; an ``Int8Kernel`` is written as the array that it stands for.
       names: the names of the tensors of each.
 
     Raises:
@@ -130,11 +173,35 @@ class LeafTensors:
 
     def _tensor(self, name: str) -> np.ndarray:
         path, layer = self._places[name]
-        array = np.asarray(self.leaves[path][layer] if path[0] == BLOCKS else self.leaves[path])
+        leaf = self.leaves[path][layer] if path[0] == BLOCKS else self.leaves[path]
+        array = np.asarray(decoded(leaf))
         return array.T if path[-1] == "kernel" else array
 
 
-def _aligned(shape: tuple[int, ...], dtype: np.dtype) -> np.ndarray:
+def save_folder(
+    folder: Folder,
+    config_json: Mapping[str, Any],
+    tensors: LeafTensors,
+    tokenizer: TokenizerFiles | None,
+) -> None:
+    """Writes ``config.json``, tensors and tokenizer beside, and renames when all is complete."""
+    with complete_or_absent(folder) as partial:
+        (partial / "config.json").write_text(json.dumps(config_json, indent=2) + "\n")
+        tensors.write(partial)
+        if tokenizer is not None:
+            tokenizer.save(partial)
+
+
+def check_tokenizer(tokenizer: TokenizerFiles | None, vocab_size: int) -> None:
+    """Raises a UserError for a tokenizer of more ids than a model's vocabulary."""
+    if tokenizer is not None and tokenizer.vocab_size > vocab_size:
+        raise UserError(
+            f"the tokenizer has {tokenizer.vocab_size} ids and the model a vocabulary of "
+            f"{vocab_size}; they do not belong together"
+        )
+
+
+def aligned(shape: tuple[int, ...], dtype: np.dtype) -> np.ndarray:
     """Allocates an array that JAX can use in place on a CPU."""
     nbytes = math.prod(shape) * dtype.itemsize
     space = np.empty(nbytes + _ALIGNMENT, np.uint8)

@@ -6,14 +6,14 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
-from flax import nnx, traverse_util
+from flax import nnx
 
-from galore_jax.errors import UserError
 from galore_jax.int8_kernels import is_int8
 from galore_jax.kernels import linear
 from galore_jax.models.attention import Cache, causal_attention, rotary
 from galore_jax.models.config import LlamaConfig
 from galore_jax.models.layers import MLP, Embedding, Linear, RMSNorm, value_of
+from galore_jax.models.leaf_tensors import check_shapes
 from galore_jax.models.losses import cross_entropy
 from galore_jax.models.stages import Stage, Stages
 
@@ -246,11 +246,7 @@ def check_params(config: LlamaConfig, params: Params, what: str = "the params") 
     >>> check_params(config, params)
     """
     _, shapes = jax.eval_shape(functools.partial(init_params, config), jax.random.key(0))
-    wanted, found = traverse_util.flatten_dict(shapes), traverse_util.flatten_dict(params)
-    for path in sorted(wanted.keys() | found.keys()):
-        want, has = (getattr(tree.get(path), "shape", "no array") for tree in (wanted, found))
-        if has != want:
-            raise UserError(f"{what} do not fit the model: {'/'.join(path)} is {has}, not {want}")
+    check_shapes(shapes, params, what)
 
 
 def apply(graphdef: nnx.GraphDef, params: Params) -> Llama:

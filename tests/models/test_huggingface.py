@@ -15,7 +15,7 @@ from safetensors import safe_open
 from safetensors.numpy import load_file, save_file
 
 from galore_jax.errors import UserError
-from galore_jax.models import huggingface
+from galore_jax.models import huggingface, leaf_tensors
 from galore_jax.models.attention import rotary_frequencies
 from galore_jax.models.config import LlamaConfig, RopeScaling
 from galore_jax.models.generate import generate
@@ -131,7 +131,7 @@ def test_what_is_saved_is_loaded(dtype, change, tmp_path):
 
 def test_several_files_are_one_model(tmp_path, monkeypatch):
     params = draw(TINY)
-    monkeypatch.setattr(huggingface, "_SHARD_BYTES", 10_000)
+    monkeypatch.setattr(leaf_tensors, "_SHARD_BYTES", 10_000)
     huggingface.save(tmp_path / "saved", TINY, params)
     files = sorted(path.name for path in (tmp_path / "saved").glob("*.safetensors"))
     assert files[0] == f"model-00001-of-{len(files):05}.safetensors"
@@ -456,7 +456,7 @@ def test_nothing_is_overwritten_or_half_written(tmp_path, monkeypatch):
     def fail(*args, **kwargs):
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(huggingface, "write_tensors", fail)
+    monkeypatch.setattr(leaf_tensors, "write_tensors", fail)
     with pytest.raises(UserError, match="saved: No space left on device"):
         huggingface.save(tmp_path / "saved", TINY, params)
     assert [path.name for path in tmp_path.iterdir()] == ["full"]
